@@ -43,7 +43,10 @@ RUN_OPTIONS = [
     "--cap-add=SYS_ADMIN", "--cap-add=NET_ADMIN", "--cap-add=SYS_PTRACE",
     "--security-opt=seccomp=unconfined", "--security-opt=apparmor=unconfined", "--security-opt=systempaths=unconfined",
     "--cgroupns=private", "--tmpfs=/run", "--tmpfs=/run/lock", "--tmpfs=/tmp:exec",
+    "--shm-size=1g",  # vLLM's processes share memory; an engine gives 64 MB
 ]  # fmt: skip
+# systemd hands credentials to a unit through a mount that must propagate; an engine makes the mounts of a container private.
+BOOT = ["/bin/sh", "-c", "mount --make-rshared / && exec /lib/systemd/systemd"]
 # A machine behind a proxy with a certificate authority of its own trusts it here; its test hosts must as well.
 CA_DIRECTORY = Path("/usr/local/share/ca-certificates")
 
@@ -102,7 +105,9 @@ def engine_start() -> None:
         else:
             print("starting the Docker engine ...", flush=True)
             with (CACHE / "dockerd.log").open("w") as log:
-                engine = subprocess.Popen(["dockerd"], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+                engine = subprocess.Popen(
+                    ["dockerd"], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                )
             ENGINE_PID.write_text(str(engine.pid))
         for _ in range(60):
             if run("docker", "info", check=False).returncode == 0:
@@ -144,7 +149,9 @@ def image(os_name: str) -> str:
                 "mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}",
                 DEBIAN_SUITES[os_name], str(tar),
             )  # fmt: skip
-            docker("import", "--change", 'CMD ["/lib/systemd/systemd"]', "--change", f"LABEL {LABEL}=image", str(tar), name)
+            docker(
+                "import", "--change", 'CMD ["/lib/systemd/systemd"]', "--change", f"LABEL {LABEL}=image", str(tar), name
+            )
             tar.unlink()
         elif os_name in UBUNTU_IMAGES:
             print(f"building the {os_name} image ...", flush=True)
@@ -167,21 +174,29 @@ def start(fleet: str, name: str, os_name: str, publish: Sequence[str], authorize
     if state:
         docker("start", name)
     else:
-        options = [*RUN_OPTIONS, f"--name={name}", f"--hostname={name}", f"--network=gpufleet-{fleet}", f"--label={LABEL}={fleet}"]
+        options = [
+            *RUN_OPTIONS,
+            f"--name={name}",
+            f"--hostname={name}",
+            f"--network=gpufleet-{fleet}",
+            f"--label={LABEL}={fleet}",
+        ]
         options += [f"--publish=127.0.0.1:{ports}" for ports in publish]
         # Wheels that were downloaded once are not downloaded again by the next host or run.
         options += ["--volume=gpufleet-uv-cache:/var/cache/uv"]
         find_links = os.environ.get("PIP_FIND_LINKS", "")
         if Path(find_links).is_dir() and find_links:
             options += [f"--volume={find_links}:/srv/wheels:ro"]
-        docker("run", "--detach", *options, image(os_name), "/lib/systemd/systemd")
+        docker("run", "--detach", *options, image(os_name), *BOOT)
     for _ in range(60):
         answer = docker("exec", name, "systemctl", "is-system-running", check=False)
         if answer in ("running", "degraded"):
             break
         time.sleep(0.5)
     else:
-        raise HostsError(f"{name}: systemd did not come up in 30 s: {answer or docker('logs', '--tail', '20', name, check=False)}")
+        raise HostsError(
+            f"{name}: systemd did not come up in 30 s: {answer or docker('logs', '--tail', '20', name, check=False)}"
+        )
     if state:
         return
     if CA_DIRECTORY.is_dir() and any(CA_DIRECTORY.glob("*.crt")):

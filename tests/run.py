@@ -1,0 +1,312 @@
+"""Runs the tests: several jobs side by side, a line when one starts and ends, a log file for each.
+
+    run.py lint | unit | e2e | molecule [SCENARIO ...] | test
+
+The last line says `N passed, N failed`: the tests that pytest counted, and one for each job that is not pytest. The
+exit code is 0 only when every job passed. Test hosts that the run started are removed at the end, also after a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LOGS = ROOT / ".cache" / "logs"
+BIN = ROOT / ".venv" / "bin"
+HOSTS = ROOT / "tests" / "hosts" / "hosts.py"
+LABEL = "gpufleet.fleet"
+STILL_RUNNING_EVERY = 120  # seconds
+WORKERS = 2
+# The long ones first, so that the workers end at about the same time; and e2e and vllm, which both start engines, apart.
+LONGEST_FIRST = [
+    "e2e",
+    "molecule model_store",
+    "molecule tls_certificate",
+    "molecule vllm",
+    "molecule gateway",
+    "molecule uv",
+]
+TAIL = 60  # lines of a failing job's log
+COUNT = re.compile(r"(\d+) (passed|failed|error|errors)\b")
+ENVIRONMENT = {
+    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    "MOLECULE_GLOB": "molecule/*/molecule.yml",
+    "LC_ALL": "C.UTF-8",
+    "PYTHONUNBUFFERED": "1",
+    "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+    "ANSIBLE_FORCE_COLOR": "0",
+    "MOLECULE_SCENARIO_NAME": "lint",  # molecule sets its own; a syntax check of its playbooks needs one
+    "NO_COLOR": "1",
+}
+
+
+@dataclass
+class Job:
+    """One command with its log and, when it is over, its result."""
+
+    name: str
+    command: Sequence[str]
+    pytest: bool = False
+    status: str = "not run"
+    seconds: float = 0.0
+    passed: int = 0
+    failed: int = 0
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    @property
+    def log(self) -> Path:
+        """The file that holds everything the job printed."""
+        return LOGS / f"{self.name.replace(' ', '-')}.log"
+
+    def count(self, code: int) -> None:
+        """Set the result from the exit code and, for pytest, from the closing line of every pytest run in the log."""
+        if self.pytest:
+            text = self.log.read_text(errors="replace")
+            for line in re.findall(r"^=+ (.*\d+ (?:passed|failed|error).*) =+$", text, re.MULTILINE):
+                for number, what in COUNT.findall(line):
+                    if what == "passed":
+                        self.passed += int(number)
+                    else:
+                        self.failed += int(number)
+            if code == 0 and not self.passed:
+                self.status = "no tests"
+                self.failed = 1
+                return
+        elif code == 0:
+            self.passed = 1
+        if code and not self.failed:
+            self.failed = 1
+        self.status = "failed" if code or self.failed else "ok"
+
+
+class Runner:
+    """Runs jobs, as many at the same time as there are workers."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.jobs: list[Job] = []
+        self.lock = threading.Lock()
+        self.stopping = False
+
+    def say(self, text: str) -> None:
+        """Print one line with the time since the start."""
+        seconds = int(time.monotonic() - self.start)
+        with self.lock:
+            print(f"[{seconds // 60:3d}:{seconds % 60:02d}] {text}", flush=True)
+
+    def job(self, job: Job) -> None:
+        """Run one job to its end."""
+        LOGS.mkdir(parents=True, exist_ok=True)
+        self.say(f"start   {job.name}")
+        began = time.monotonic()
+        with job.log.open("wb") as log:
+            job.process = subprocess.Popen(
+                job.command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **ENVIRONMENT},
+                start_new_session=True,
+            )
+            while True:
+                try:
+                    code = job.process.wait(timeout=STILL_RUNNING_EVERY)
+                    break
+                except subprocess.TimeoutExpired:
+                    self.say(f"  ...   {job.name}, {int(time.monotonic() - began)} s: {last_line(job.log)}")
+        job.seconds = time.monotonic() - began
+        job.count(code)
+        tests = f", {job.passed} tests" if job.pytest and job.passed else ""
+        self.say(f"{job.status:<7} {job.name} ({job.seconds:.0f} s{tests})")
+        if job.status != "ok" and not self.stopping:
+            tail = job.log.read_text(errors="replace").splitlines()[-TAIL:]
+            with self.lock:
+                print("\n".join(f"    | {line}" for line in tail))
+                print(f"    the whole log: {job.log.relative_to(ROOT)}", flush=True)
+
+    def queue(self, jobs: Sequence[Job]) -> None:
+        """Run jobs in their order, as many at the same time as there are workers."""
+        waiting = iter(jobs)
+        lock = threading.Lock()
+
+        def work() -> None:
+            while not self.stopping:
+                with lock:
+                    job = next(waiting, None)
+                if job is None:
+                    return
+                self.job(job)
+
+        self.jobs += jobs
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(WORKERS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():  # a join without a timeout would not let a signal through
+                thread.join(0.2)
+
+    def stop(self) -> None:
+        """End what still runs: each job with everything it started."""
+        self.stopping = True
+        running = [job.process for job in self.jobs if job.process and job.process.poll() is None]
+        for process in running:
+            os.killpg(process.pid, signal.SIGTERM)
+        for process in running:
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def result(self) -> int:
+        """Print the table and the closing line; return the exit code."""
+        width = max((len(job.name) for job in self.jobs), default=4)
+        print(f"\n{'job':<{width}}  {'result':<8}  {'time':>6}  {'passed':>6}  {'failed':>6}")
+        for job in self.jobs:
+            print(f"{job.name:<{width}}  {job.status:<8}  {job.seconds:>4.0f} s  {job.passed:>6}  {job.failed:>6}")
+        bad = [job for job in self.jobs if job.status != "ok"]
+        if bad:
+            print(f"\nnot ok: {', '.join(job.name for job in bad)}; the logs are in {LOGS.relative_to(ROOT)}/")
+        passed = sum(job.passed for job in self.jobs)
+        failed = sum(job.failed or (1 if job.status != "ok" else 0) for job in self.jobs)
+        print(f"\n{passed} passed, {failed} failed", flush=True)
+        return 1 if failed or not passed else 0
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something, short."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:100] if lines else ""
+
+
+def scenarios() -> list[str]:
+    """The molecule scenarios: every directory of molecule/ but `shared`."""
+    return sorted(path.name for path in (ROOT / "molecule").iterdir() if path.is_dir() and path.name != "shared")
+
+
+def test_functions(scenario: str) -> list[str]:
+    """The names of the test functions of a scenario. Molecule passes a scenario that has none; we do not."""
+    return [
+        node.name
+        for file in sorted((ROOT / "molecule" / scenario / "tests").glob("test_*.py"))
+        for node in ast.walk(ast.parse(file.read_text(), str(file)))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+
+
+def inventories() -> list[str]:
+    """The inventories that a playbook can be checked with (the demo's hosts file may be made by the demo)."""
+    return [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "inventories").iterdir())
+        if any(path.glob("*.yml")) or any(path.glob("*.py"))
+    ]
+
+
+def lint_jobs() -> list[Job]:
+    """The linters, the one that takes longest first."""
+    syntax = [
+        Job(f"syntax {Path(inventory).name}", ["ansible-playbook", "site.yml", "-i", inventory, "--syntax-check"])
+        for inventory in inventories()
+    ]
+    return [
+        Job("ansible-lint", ["ansible-lint", "-c", ".config/ansible-lint.yml", "--strict"]),
+        Job("yamllint", ["yamllint", "--strict", "."]),
+        Job("ruff check", ["ruff", "check"]),
+        Job("ruff format", ["ruff", "format", "--check", "--diff"]),
+        Job("mypy", ["mypy"]),
+        Job("changelog", ["antsibull-changelog", "lint"]),
+        *syntax,
+    ]
+
+
+def pytest_job(name: str, *arguments: str) -> Job:
+    """A job that is one pytest run."""
+    return Job(name, [str(BIN / "python"), "-m", "pytest", *arguments], pytest=True)
+
+
+def molecule_jobs(wanted: Sequence[str]) -> list[Job]:
+    """One job for each scenario; a scenario without a test is a job that fails."""
+    jobs = []
+    for scenario in wanted:
+        if (ROOT / "molecule" / scenario / "molecule.yml").exists() and test_functions(scenario):
+            jobs.append(Job(f"molecule {scenario}", ["molecule", "test", "-s", scenario], pytest=True))
+        else:
+            complaint = (
+                f"print('molecule/{scenario}: no molecule.yml, or no test function in tests/test_*.py'); exit(1)"
+            )
+            jobs.append(Job(f"molecule {scenario}", [sys.executable, "-c", complaint]))
+    return jobs
+
+
+def clean(wanted: Sequence[str], e2e: bool) -> None:
+    """Remove the fleets of the scenarios and of the end-to-end tests (`e2e` and `e2e-...`), and stop the engine."""
+    if not shutil.which("docker"):
+        return
+    fleets = {f"molecule-{scenario}" for scenario in wanted}
+    if e2e:
+        listed = subprocess.run(
+            ["docker", "network", "ls", "--filter", f"label={LABEL}", "--format", f'{{{{.Label "{LABEL}"}}}}'],
+            text=True,
+            capture_output=True,
+            check=False,
+        ).stdout.split()
+        fleets |= {fleet for fleet in listed if fleet == "e2e" or fleet.startswith("e2e-")}
+    for fleet in sorted(fleets):
+        subprocess.run([sys.executable, str(HOSTS), "down", fleet], check=False)
+    subprocess.run([sys.executable, str(HOSTS), "engine-stop"], check=False)
+
+
+def main() -> int:
+    """Read the command line and run what it asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["lint", "unit", "molecule", "e2e", "test"])
+    parser.add_argument("scenario", nargs="*", help="with molecule: these scenarios only")
+    arguments = parser.parse_args()
+    wanted: list[str] = []
+    if arguments.what in ("molecule", "test"):
+        wanted = arguments.scenario or scenarios()
+        if unknown := set(wanted) - set(scenarios()):
+            parser.error(f"no scenario {', '.join(sorted(unknown))}; there are {', '.join(scenarios())}")
+    e2e = arguments.what in ("e2e", "test")
+
+    runner = Runner()
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        if arguments.what in ("lint", "test"):
+            runner.queue(lint_jobs() + ([pytest_job("unit", "tests/unit")] if arguments.what == "test" else []))
+        if arguments.what == "unit":
+            runner.queue([pytest_job("unit", "tests/unit")])
+        if wanted or e2e:
+            jobs = [*([pytest_job("e2e", "tests/e2e")] if e2e else []), *molecule_jobs(wanted)]
+            runner.queue(
+                sorted(jobs, key=lambda job: LONGEST_FIRST.index(job.name) if job.name in LONGEST_FIRST else 99)
+            )
+    except KeyboardInterrupt:
+        runner.say("interrupted")
+        runner.stop()
+        return 130
+    finally:
+        if wanted or e2e:
+            clean(wanted, e2e)
+    return runner.result()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Makes .venv: the Python environment of the controller, pinned with hashes in requirements.lock.
+# On a fresh Debian or Ubuntu machine it installs what is missing, as root, and says so; as anybody else it says what to
+# install. Called by every make target: a second call finds the stamp and is over.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+stamp=.venv/.stamp
+locks=(tools/uv.txt requirements.lock)
+state() { cat "${locks[@]}"; }
+# A moved or copied clone has a .venv whose programs name the old place: that one is made again.
+home() { grep -qsF "$PWD/.venv" .venv/bin/activate; }
+done_before() { [[ -f $stamp ]] && home && state | cmp -s - "$stamp"; }
+done_before && exit 0
+
+say() { printf 'setup: %s\n' "$*"; }
+fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+mkdir -p .cache
+exec 9>.cache/setup.lock
+flock 9 # targets that run side by side set up once
+done_before && exit 0
+
+# The certificate store of the system holds the authorities of the networks that this machine lives in.
+export UV_SYSTEM_CERTS=1 UV_LINK_MODE=copy UV_NO_CONFIG=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+need() { # need PACKAGE...: install Debian packages
+    if ((EUID != 0)); then
+        fail "missing: $*. Install them with: sudo apt-get install $*"
+    fi
+    command -v apt-get >/dev/null || fail "missing: $*, and this is neither Debian nor Ubuntu. Install them and try again."
+    say "installing $* ..."
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get install -y -q --no-install-recommends "$@" >.cache/setup.log 2>&1 && return
+    { apt-get update -q && apt-get install -y -q --no-install-recommends "$@"; } >.cache/setup.log 2>&1 ||
+        { tail -n 20 .cache/setup.log >&2; fail "apt-get could not install $*; its whole log is .cache/setup.log"; }
+}
+
+can_venv() { python3 -c 'import ensurepip, venv' 2>/dev/null; }
+can_venv || need python3 python3-venv
+# Ansible needs an SSH client on the controller, git is what molecule looks for its base configuration with.
+missing=()
+command -v ssh >/dev/null || missing+=(openssh-client)
+command -v git >/dev/null || missing+=(git)
+[[ -e /etc/ssl/certs/ca-certificates.crt ]] || missing+=(ca-certificates)
+((${#missing[@]} == 0)) || need "${missing[@]}"
+
+# uv comes from its wheel, in a small environment of its own.
+bootstrap=.cache/bootstrap
+if ! { [[ -x $bootstrap/bin/uv ]] && cmp -s tools/uv.txt $bootstrap/uv.txt && grep -qsF "$PWD" $bootstrap/bin/activate; }; then
+    say "installing uv ..."
+    rm -rf $bootstrap
+    python3 -m venv $bootstrap
+    $bootstrap/bin/python -m pip install --quiet --require-hashes --only-binary :all: --requirement tools/uv.txt
+    cp tools/uv.txt $bootstrap/uv.txt
+fi
+uv=$PWD/$bootstrap/bin/uv
+
+python=python3
+if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    say "python3 is $(python3 -V | cut -d' ' -f2) and 3.11 is needed: uv fetches 3.12 ..."
+    python=3.12
+fi
+if ! home || ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    say "making .venv ..."
+    "$uv" venv --quiet --clear --python "$python" .venv
+fi
+say "installing the packages of requirements.lock into .venv ..."
+"$uv" pip sync --quiet --require-hashes --python .venv/bin/python "${locks[@]}"
+state >$stamp
+say "done"
