@@ -1,0 +1,214 @@
+"""What the uv role promises: a pinned uv, one set of sources for every later call, and a Python that is new enough."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from testinfra.host import Host
+
+ROOT = os.environ["MOLECULE_PROJECT_DIRECTORY"]
+
+
+def apply(host: Host, *options: str, **variables: object) -> subprocess.CompletedProcess[str]:
+    """Apply the role to the host under test with extra variables, in a run of its own."""
+    name = host.backend.hostname.removeprefix("docker://")
+    return subprocess.run(
+        [
+            "ansible", name, f"--inventory={ROOT}/molecule/shared/inventory/",
+            "--module-name=ansible.builtin.include_role",
+            "--args=name=gpufleet.llm.uv", f"--extra-vars={json.dumps(variables)}", *options,
+        ],
+        cwd=ROOT, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+
+
+def applied(host: Host, *options: str, **variables: object) -> str:
+    """Apply the role, expect success, and return what Ansible printed."""
+    done = apply(host, *options, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def refused(host: Host, **variables: object) -> str:
+    """Apply the role, expect a refusal, and return what Ansible printed, its line breaks undone."""
+    done = apply(host, **variables)
+    assert done.returncode != 0, done.stdout
+    return " ".join(done.stdout.split())
+
+
+@pytest.fixture
+def restored(host: Host) -> Iterator[None]:
+    """Give the host back as the role leaves it."""
+    yield
+    host.check_output("rm -rf /opt/uv /usr/local/bin/python3* /srv/test")
+    applied(host)
+
+
+def test_uv_is_the_pinned_one(host: Host) -> None:
+    assert host.check_output("/usr/local/bin/uv --version").startswith("uv 0.13.8 ")
+    assert host.check_output("/usr/local/bin/uvx --version").startswith("uvx 0.13.8 ")
+
+
+def test_a_virtual_environment_gets_a_package_from_the_configured_index(host: Host) -> None:
+    """Real use: a virtual environment with a package from the index, over TLS, trusting the system's store."""
+    host.check_output("rm -rf /srv/venv && uv venv --quiet --python '>=3.11' /srv/venv")
+    said = host.run("uv pip install --no-cache --verbose --python /srv/venv/bin/python iniconfig==2.1.0")
+    assert said.rc == 0, said.stderr
+    assert "https://pypi.org/simple/iniconfig/" in said.stderr
+    assert (
+        host.check_output("/srv/venv/bin/python -c 'import iniconfig, sys; print(sys.version_info >= (3, 11))'")
+        == "True"
+    )
+    # the cache is the configured one
+    assert host.check_output("uv cache dir") == "/var/cache/uv"
+
+
+def test_uv_works_for_an_unprivileged_user_too(host: Host) -> None:
+    """Without credentials in it, the configuration is readable: otherwise uv would fail for everybody but root."""
+    said = host.run(
+        "setpriv --reuid=65534 --regid=65534 --clear-groups env HOME=/tmp UV_CACHE_DIR=/tmp/c uv python find '>=3.11'"
+    )
+    assert said.rc == 0, said.stderr
+
+
+def test_uv_downloads_no_python_as_a_side_effect(host: Host) -> None:
+    said = host.run("uv venv --python 3.10 /srv/venv310")
+    assert said.rc != 0
+    assert "No interpreter found for Python 3.10" in said.stderr
+
+
+@pytest.mark.usefixtures("restored")
+def test_credentials_of_an_index_stay_secret(host: Host) -> None:
+    index = "http://me:s3cret-in-url@127.0.0.1:9/simple"
+    assert "s3cret" not in applied(host, "--diff", "-vvv", uv_extra_index_urls=[index]).replace(
+        json.dumps(index), "(what the test itself passed)"
+    )
+    assert host.file("/etc/uv/uv.toml").mode == 0o600
+    assert index in host.file("/etc/uv/uv.toml").content_string
+    assert "s3cret" not in host.run("journalctl --no-pager --quiet").stdout
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_changed_index_is_shown_and_used(host: Host) -> None:
+    """The index in a directory on the host: what an air-gapped site has. uv comes from it, and packages do."""
+    host.check_output("mkdir -p /srv/test/simple/empty")
+    shown = applied(host, "--diff", uv_index_url="file:///srv/test/simple", uv_offline=True)
+    assert '+url = "file:///srv/test/simple"' in shown
+    said = host.run("uv pip install --dry-run --target /tmp/nothing iniconfig")
+    assert said.rc != 0
+    assert "pypi.org" not in said.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"uv_index_url": "pypi.example.org"}, "take addresses that begin with https://"),
+        ({"uv_sha256": {"x86_64": "abc", "aarch64": "abc"}}, "uv_sha256 has no SHA-256 for"),
+        ({"uv_python": "system", "uv_python_minimum": "3.99"}, "uv_python is `system`, but the Python of"),
+        ({"uv_python": "managed", "uv_python_version": "3.12"}, "It takes an exact version, such as 3.12.16"),
+        ({"uv_python_archive_url": "file:///srv/x.tar.gz"}, "but uv_python_archive_sha256 is ``"),
+        ({"uv_python": "newest"}, "value of uv_python must be one of: auto, system, managed"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_makes_no_sense_is_refused_before_any_change(
+    host: Host, variables: dict[str, object], message: str
+) -> None:
+    assert message in refused(host, **variables)
+
+
+def test_a_wrong_hash_and_a_missing_version_are_refused_by_name(host: Host) -> None:
+    before = host.check_output("sha256sum /usr/local/bin/uv")
+    wrong = {"x86_64": "0" * 64, "aarch64": "0" * 64}
+    assert f"expected sha256 {'0' * 64}, the index offers" in refused(host, uv_sha256=wrong)
+    assert "version 99.0 of uv is not on the index; its newest are:" in refused(
+        host, uv_version="99.0", uv_sha256=wrong
+    )
+    assert "cannot read http://127.0.0.1:9/simple/uv/" in refused(
+        host, uv_index_url="http://127.0.0.1:9/simple", uv_sha256=wrong
+    )
+    assert host.check_output("sha256sum /usr/local/bin/uv") == before
+
+
+@pytest.fixture
+def archive(host: Host) -> tuple[str, str]:
+    """A stand-in for an archive of python-build-standalone: the host's own Python in the same shape.
+
+    The real archives come from GitHub, which the machines that test this cannot reach.
+    """
+    version = host.check_output("/usr/bin/python3 -c 'import platform; print(platform.python_version())'")
+    short = version.rpartition(".")[0]
+    host.check_output(
+        f"rm -rf /srv/test/python && mkdir -p /srv/test/python/bin /srv/test/python/lib"
+        f" && cp /usr/bin/python{short} /srv/test/python/bin/ && cp -r /usr/lib/python{short} /srv/test/python/lib/"
+        f" && tar -C /srv/test -czf /srv/test/python.tar.gz python && rm -r /srv/test/python"
+    )
+    return version, host.check_output("sha256sum /srv/test/python.tar.gz").split()[0]
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_managed_python_comes_from_a_pinned_archive(host: Host, archive: tuple[str, str]) -> None:
+    version, sha256 = archive
+    wanted: dict[str, object] = {
+        "uv_python": "managed", "uv_python_version": version, "uv_offline": True,
+        "uv_python_archive_url": "file:///srv/test/python.tar.gz", "uv_python_archive_sha256": sha256,
+    }  # fmt: skip
+    said = refused(host, **{**wanted, "uv_python_archive_sha256": "0" * 64})
+    assert f"expected sha256 {'0' * 64}, got {sha256}" in said
+    assert host.check_output("ls -A /opt/uv/python") == ""
+    said = refused(host, **{**wanted, "uv_python_version": version + "9"})
+    assert f"is not Python {version}9: python" in said
+
+    assert "CHANGED" in applied(host, **wanted)
+    again = applied(host, **wanted)
+    assert "CHANGED" not in again
+    found = host.check_output("uv python find '>=3.11'")
+    assert found.startswith(("/opt/uv/python/", "/usr/local/bin/python"))
+    short = version.rpartition(".")[0]
+    # (a virtual environment of this stand-in would fall back to the paths that Debian compiled into it)
+    prefix = host.check_output(f"/usr/local/bin/python{short} -c 'import sys; print(sys.base_prefix)'")
+    assert prefix.startswith(f"/opt/uv/python/cpython-{version}-")
+    # python3 stays the system's
+    assert host.check_output("python3 -c 'import sys; print(sys.base_prefix)'") == "/usr"
+
+
+MIRROR = r"""
+import http.server
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        open("/srv/test/asked", "a").write(self.path + "\n")
+        self.send_response(200)
+        self.send_header("Content-Length", "9")
+        self.end_headers()
+        self.wfile.write(b"not a tar")
+http.server.HTTPServer(("127.0.0.1", 8099), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def mirror(host: Host) -> Iterator[None]:
+    """A mirror that has something else under every name."""
+    host.check_output("mkdir -p /srv/test && rm -f /srv/test/asked")
+    host.check_output("printf '%s' {} >/srv/test/mirror.py".format("'" + MIRROR.replace("'", "'\\''") + "'"))
+    host.check_output("systemd-run --quiet --unit=test-mirror /usr/bin/python3 /srv/test/mirror.py")
+    host.check_output(
+        "for i in 1 2 3 4 5 6 7 8 9 10; do curl -s -o /dev/null http://127.0.0.1:8099/up && break; sleep 0.5; done"
+    )
+    yield
+    host.check_output("systemctl stop test-mirror")
+
+
+@pytest.mark.usefixtures("restored", "mirror")
+def test_uv_asks_the_mirror_and_refuses_a_python_that_it_does_not_know(host: Host) -> None:
+    """uv carries the hash of every archive: it asks the mirror, and refuses what the mirror has instead."""
+    said = refused(host, uv_python="managed", uv_python_mirror="http://127.0.0.1:8099/python")
+    assert "uv could not install Python 3.12.16 from http://127.0.0.1:8099/python" in said
+    assert "hash mismatch" in said.lower() or "checksum" in said.lower(), said
+    asked = host.file("/srv/test/asked").content_string
+    assert "/python/" in asked
+    assert "cpython-3.12.16" in asked
+    assert not host.file("/usr/local/bin/python3.12").exists
