@@ -1,0 +1,238 @@
+"""The store's rules and its moves on disk, and the line of progress."""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import pwd
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible_collections.gpufleet.llm.plugins.module_utils import model_progress
+from ansible_collections.gpufleet.llm.plugins.module_utils import model_store as rules
+from ansible_collections.gpufleet.llm.plugins.modules import model_download
+from ansible_collections.gpufleet.llm.plugins.modules import model_store as module
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def hub(**more: Any) -> dict[str, Any]:
+    return {"name": "tiny", "source": "huggingface", "repository": "acme/tiny", "revision": COMMIT, **more}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A model on the controller."""
+    path = tmp_path / "source"
+    (path / "sub").mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+    (path / "sub/weights.bin").write_bytes(b"weights")
+    return path
+
+
+def copied(source: Path, **more: Any) -> dict[str, Any]:
+    return {"name": "tiny", "source": "path", "path": str(source), "copy": True, **more}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (hub(name="Tiny"), "`Tiny` is no name for a model"),
+        (hub(name="../etc"), "is no name for a model"),
+        (hub(source="ftp"), "source is `ftp`; known are huggingface and path"),
+        (hub(repository="tiny"), "repository is `tiny`; it looks like"),
+        (hub(repository=None), "repository is `None`"),
+        (hub(revision="main"), "revision is `main`; it takes the 40 hexadecimal digits"),
+        (hub(revision=COMMIT[:12]), "it takes the 40 hexadecimal digits"),
+        (hub(revision=""), "it takes the 40 hexadecimal digits"),
+        ({"name": "tiny", "source": "path"}, "path is ``; it takes an absolute path"),
+        ({"name": "tiny", "source": "path", "path": "models/x"}, "it takes an absolute path"),
+        ({"name": "tiny", "source": "path", "path": "/none", "copy": True}, "there is no /none/config.json on the con"),
+        ({"name": "tiny", "source": "path", "path": "/none", "revision": "a/b"}, "revision is `a/b`"),
+    ],
+)
+def test_what_is_wrong_is_named(model: dict[str, Any], message: str) -> None:
+    found = rules.problems([model])
+    assert len(found) == 1
+    assert message in found[0]
+
+
+def test_what_is_right_passes(source: Path) -> None:
+    linked = {"name": "other", "source": "path", "path": "/mnt/model"}
+    assert rules.problems([hub(), copied(source, name="copied"), linked]) == []
+    assert rules.problems([hub(revision="main")], allow_moving=True) == []
+
+
+def test_a_name_is_given_once() -> None:
+    assert rules.problems([hub(), hub()]) == ["the name `tiny` is given 2 times; each model needs a name of its own"]
+
+
+def test_the_plan_names_directories(source: Path) -> None:
+    assert rules.plan([hub()])[0]["directory"] == "tiny-0123456789ab"
+    assert rules.plan([hub(revision="refs/pr/1")])[0]["directory"] == "tiny-refs-pr-1"
+    assert rules.plan([{"name": "x", "source": "path", "path": "/mnt/x"}])[0]["directory"] == ""
+    planned = rules.plan([copied(source)])[0]
+    assert planned["size"] == 9
+    assert planned["directory"] == f"tiny-{rules.fingerprint(source)[:12]}"
+    assert rules.plan([copied(source, revision="r1")])[0]["directory"] == "tiny-r1"
+
+
+def test_the_fingerprint_follows_the_content(source: Path) -> None:
+    before = rules.fingerprint(source)
+    assert rules.fingerprint(source) == before
+    os.utime(source / "config.json", ns=(1, 1))
+    assert rules.fingerprint(source) != before
+
+
+def test_the_default_of_exclude_is_the_documented_one() -> None:
+    specs = yaml.safe_load((ROOT / "roles/model_store/meta/argument_specs.yml").read_text())
+    options = specs["argument_specs"]["main"]["options"]["model_store_models"]["options"]
+    assert options["exclude"]["default"] == list(rules.EXCLUDE)
+    assert rules.plan([hub()])[0]["exclude"] == list(rules.EXCLUDE)
+    assert rules.plan([hub(exclude=[])])[0]["exclude"] == []
+    assert options["source"]["choices"] == list(rules.SOURCES)
+
+
+class Keeper:
+    """A store in a temporary directory and what the module does to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path / "store"
+        self.user = pwd.getpwuid(os.getuid()).pw_name
+        assert grp.getgrgid(pwd.getpwuid(os.getuid()).pw_gid)
+
+    def run(self, *models: dict[str, Any], check: bool = False, **more: Any) -> module.Store:
+        parameters = {
+            "path": str(self.path), "user": self.user, "models": rules.plan(models), "arrived": {}, "arrived_name": "",
+            "keep_revisions": 2, "reserve_bytes": 0, **more,
+        }  # fmt: skip
+        store = module.Store(parameters, check)
+        store.directories()
+        for model in parameters["models"]:
+            store.place(model)
+        if not parameters["arrived_name"]:
+            store.room()
+        return store
+
+    def arrive(self, source: Path, model: dict[str, Any]) -> module.Store:
+        """What copy.yml does."""
+        staged = self.path / ".partial" / rules.plan([model])[0]["directory"]
+        for path in rules.files_of(source):
+            target = staged / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+        return self.run(model, arrived=rules.contents(source), arrived_name=model["name"])
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Keeper:
+    return Keeper(tmp_path)
+
+
+def test_a_model_is_missing_until_it_arrived(keeper: Keeper, source: Path) -> None:
+    model = copied(source)
+    assert keeper.run(model).missing == ["tiny"]
+    assert not (keeper.path / "tiny").exists()
+    assert keeper.arrive(source, model).changed
+    assert (keeper.path / "tiny/sub/weights.bin").read_bytes() == b"weights"
+    again = keeper.run(model)
+    assert (again.changed, again.missing) == (False, [])
+
+
+def test_check_mode_says_what_is_missing_and_writes_nothing(keeper: Keeper, source: Path) -> None:
+    store = keeper.run(copied(source), check=True)
+    assert store.missing == ["tiny"]
+    assert not keeper.path.exists()
+
+
+def test_what_arrived_damaged_gets_no_name(keeper: Keeper, source: Path) -> None:
+    model = copied(source)
+    keeper.run(model)
+    wanted = rules.contents(source)
+    wanted["config.json"]["sha256"] = "0" * 64
+    staged = keeper.path / ".partial" / rules.plan([model])[0]["directory"]
+    staged.mkdir()
+    (staged / "config.json").write_text("{}")
+    with pytest.raises(
+        rules.ModelError, match=r"config.json is not what the source has: expected 2 bytes, sha256 0000"
+    ):
+        keeper.run(model, arrived=wanted, arrived_name="tiny")
+    assert not (keeper.path / "tiny").exists()
+
+
+def test_a_file_that_lost_bytes_makes_a_model_missing(keeper: Keeper, source: Path) -> None:
+    model = copied(source)
+    keeper.run(model)
+    keeper.arrive(source, model)
+    (keeper.path / "tiny/sub/weights.bin").write_bytes(b"")
+    assert keeper.run(model).missing == ["tiny"]
+
+
+def test_old_revisions_go_but_the_previous_and_the_current_stay(keeper: Keeper, source: Path) -> None:
+    for number, revision in enumerate(("r1", "r2", "r3")):
+        keeper.run(copied(source, revision=revision))
+        keeper.arrive(source, copied(source, revision=revision))
+        manifest = keeper.path / f".revisions/tiny-{revision}/.model.json"
+        os.utime(manifest, (number, number))
+    assert sorted(path.name for path in (keeper.path / ".revisions").iterdir()) == ["tiny-r2", "tiny-r3"]
+    assert str((keeper.path / "tiny").readlink()) == ".revisions/tiny-r3"
+    assert keeper.run(copied(source, revision="r2")).changed
+    assert str((keeper.path / "tiny").readlink()) == ".revisions/tiny-r2"
+
+
+def test_models_whose_names_begin_alike_do_not_prune_each_other(keeper: Keeper, source: Path) -> None:
+    for name in ("tiny", "tiny-b"):
+        for revision in ("r1", "r2"):
+            keeper.run(copied(source, name=name, revision=revision))
+            keeper.arrive(source, copied(source, name=name, revision=revision))
+    assert len(list((keeper.path / ".revisions").iterdir())) == 4
+
+
+def test_something_else_under_the_name_is_not_removed(keeper: Keeper, source: Path) -> None:
+    linked = {"name": "tiny", "source": "path", "path": str(source)}
+    (keeper.path / "tiny").mkdir(parents=True)
+    with pytest.raises(rules.ModelError, match="is not a link that this role made"):
+        keeper.run(linked)
+
+
+def test_a_linked_model_must_be_there(keeper: Keeper) -> None:
+    with pytest.raises(rules.ModelError, match="is the disk mounted"):
+        keeper.run({"name": "tiny", "source": "path", "path": "/none"})
+
+
+def test_a_disk_that_is_too_small_is_refused(keeper: Keeper, source: Path) -> None:
+    with pytest.raises(rules.ModelError, match=r"tiny take 0.0 GB, but .* shall stay free"):
+        keeper.run(copied(source), reserve_bytes=10**18)
+
+
+def test_secrets_are_in_no_command(tmp_path: Path) -> None:
+    parameters = {
+        "path": "/srv/models", "user": "model-store", "python": "/p", "program": "/f", "endpoint": "https://hub/",
+        "token": "hf_secret", "parallel": 8, "reserve_bytes": 1, "environment": {"HTTPS_PROXY": "http://me:pw@p"},
+        "pause": 5, "model": rules.plan([hub()])[0],
+    }  # fmt: skip
+    line = " ".join(model_download.command(parameters, tmp_path))
+    assert "hf_secret" not in line
+    assert "pw@p" not in line
+    job = model_download.job_of(parameters)
+    assert "hf_secret" not in json.dumps(job)
+    assert (job["endpoint"], job["staging"]) == ("https://hub", "/srv/models/.partial/tiny-0123456789ab")
+
+
+def test_the_line_of_progress() -> None:
+    progress = model_progress.Progress()
+    assert progress.line("checking", 0, 0) == "asking the hub"
+    assert progress.line("downloading", 0, 15_200_000_000) == "0.0 of 15.2 GB"
+    progress.add(0, 0)
+    progress.add(10, 4_100_000_000)
+    assert progress.line("downloading", 4_100_000_000, 15_200_000_000) == "4.1 of 15.2 GB, 410 MB/s, about 27 s left"
+    assert progress.line("verifying", 1, 1) == "verifying what arrived"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(90, "90 s"), (600, "10 min"), (9000, "2.5 h")])
+def test_durations(seconds: float, text: str) -> None:
+    assert model_progress.duration(seconds) == text
