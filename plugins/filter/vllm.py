@@ -1,0 +1,28 @@
+"""Filters of the vllm role: the inventory checked, and turned into what the host needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ansible_collections.gpufleet.llm.plugins.module_utils import vllm
+
+
+def vllm_instance_problems(
+    instances: Sequence[Mapping[str, Any]], device: str, table: Mapping[str, Any], allow_shared_gpus: bool = False
+) -> list[str]:
+    """Everything that is wrong with `vllm_instances`, one sentence each."""
+    return vllm.instance_problems(instances, device, table, allow_shared_gpus)
+
+
+def vllm_generations(instances: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the host needs for each instance."""
+    return [vllm.generation(instance, settings) for instance in instances]
+
+
+class FilterModule:
+    """Tells Ansible the names."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """Name -> function."""
+        return {"vllm_instance_problems": vllm_instance_problems, "vllm_generations": vllm_generations}

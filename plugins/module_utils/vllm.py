@@ -1,0 +1,257 @@
+"""What is known about `vllm serve` that an inventory is checked against and a generation is rendered from."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+INSTANCE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}", re.IGNORECASE)
+VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
+
+INSTANCE_KEYS = ("name", "model", "port", "gpus", "cpus", "options", "environment")
+
+# Options that older guides name -> what to write today. Read from the sources of vLLM 0.26, 0.32 and 0.33.
+RENAMED_OPTIONS = {
+    "disable-log-requests": "nothing: requests are not logged unless enable-log-requests is true",
+    "rope-scaling": "hf-overrides",
+    "rope-theta": "hf-overrides",
+    "enable-metrics": "nothing: metrics are always on",
+    "metrics-port": "nothing: metrics are on the instance's own port",
+    "swap-space": "nothing: it has no successor",
+    "use-v2-block-manager": "nothing: it is always on",
+    "num-scheduler-steps": "nothing: it has no successor",
+    "multi-step-stream-outputs": "nothing: it has no successor",
+    "worker-use-ray": "distributed-executor-backend: ray",
+    "engine-use-ray": "distributed-executor-backend: ray",
+    "guided-decoding-backend": "structured-outputs-config",
+    "enable-reasoning": "reasoning-parser",
+    "speculative-model": "speculative-config",
+    "num-speculative-tokens": "speculative-config",
+    "num-lookahead-slots": "speculative-config",
+    "preemption-mode": "nothing: it has no successor",
+    "max-seq-len-to-capture": "max-cudagraph-capture-size",
+    "disable-frontend-multiprocessing": "nothing: it has no successor",
+    "disable-async-output-proc": "nothing: it has no successor",
+    "enable-prompt-adapter": "nothing: prompt adapters were removed, LoRA stays (enable-lora)",
+    "qlora-adapter-name-or-path": "lora-modules",
+    "task": "runner and convert",
+    "device": "vllm_device of the role",
+    "max-num-partial-prefills": "nothing: it was removed in 0.32",
+    "max-long-partial-prefills": "nothing: it was removed in 0.32",
+}
+
+# Options that the role itself sets, and where their value comes from.
+OWNED_OPTIONS = {
+    "config": "the role renders the configuration file",
+    "model": "it comes from `model` of the instance",
+    "host": "it comes from vllm_bind_address",
+    "port": "it comes from `port` of the instance",
+    "api-key": "it comes from vllm_internal_key, which never stands in a file of the configuration",
+    "shutdown-timeout": "it comes from vllm_shutdown_timeout, which the unit's stop time belongs to",
+    "uds": "the gateway reaches vLLM by address and port",
+    "headless": "an instance without an endpoint can be neither gated nor reached",
+}
+
+# Environment variables that open what must stay closed, or that the role itself sets.
+REFUSED_ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "it opens endpoints that run code and stop the engine, without a key",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "it lets clients load files of the host",
+    "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "systemd must see that the engine died, or nothing restarts it",
+    "VLLM_API_KEY": "the key comes from vllm_internal_key",
+    "PYTHONOPTIMIZE": "it removes the assertions that vLLM's safety depends on (CVE-2026-41523)",
+    "PYTHONPATH": "it would run code from outside the release",
+    "LD_PRELOAD": "it would run code from outside the release",
+    "LD_LIBRARY_PATH": "it would run code from outside the release",
+    "CUDA_VISIBLE_DEVICES": "it comes from `gpus` of the instance",
+    "VLLM_CPU_OMP_THREADS_BIND": "it comes from `cpus` of the instance",
+    "HOME": "the unit sets it to the instance's cache directory",
+}
+
+
+def option_problems(options: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
+    """Compare options with what `vllm serve` accepts.
+
+    `table` maps an option's long name to bool, int, float, list, any, or to its list of choices.
+    Returns one sentence for each problem: the option, what is wrong, what would be right.
+    """
+    problems = []
+    for name, value in options.items():
+        if name in OWNED_OPTIONS:
+            problems.append(f"option {name!r} cannot be set here: {OWNED_OPTIONS[name]}")
+        elif name in table:
+            if wrong := value_problem(value, table[name]):
+                problems.append(f"option {name!r} {wrong}")
+        else:
+            problems.append(f"option {name!r} is not one of vllm serve's{right_name(str(name), table)}")
+    return problems
+
+
+def right_name(name: str, table: Mapping[str, Any]) -> str:
+    """Say what was probably meant by an option that does not exist."""
+    dashed = name.lstrip("-").replace("_", "-")
+    if dashed in RENAMED_OPTIONS:
+        return f" any more; write {RENAMED_OPTIONS[dashed]}"
+    if dashed in table:
+        return f"; write {dashed!r}"
+    if dashed.startswith("no-") and table.get(dashed.removeprefix("no-")) == "bool":
+        return f"; write '{dashed.removeprefix('no-')}: false'"
+    close = difflib.get_close_matches(dashed, table, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def value_problem(value: Any, kind: Any) -> str:
+    """What is wrong with a value of an option, or nothing."""
+    if value is None:
+        return "has no value"
+    if kind == "bool":
+        return "" if isinstance(value, bool) else f"is {value!r}; it must be true or false"
+    if isinstance(value, bool):
+        return f"is {value!r}; it takes a value, not true or false" if kind != "any" else ""
+    if kind == "int":
+        return "" if isinstance(value, int) else f"is {value!r}; it must be a whole number"
+    if kind == "float":
+        return "" if isinstance(value, int | float) else f"is {value!r}; it must be a number"
+    if isinstance(kind, list) and str(value) not in kind:
+        return f"is {value!r}; it must be one of {', '.join(kind)}"
+    return ""
+
+
+def environment_problems(environment: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the environment of an instance. Values are never repeated: they may be secrets."""
+    problems = []
+    for name, value in environment.items():
+        if name in REFUSED_ENVIRONMENT:
+            problems.append(f"environment variable {name} is refused: {REFUSED_ENVIRONMENT[name]}")
+        elif not VARIABLE_NAME.fullmatch(str(name)):
+            problems.append(f"environment variable {name!r} must consist of upper-case letters, digits and _")
+        elif isinstance(value, Mapping | list) or value is None:
+            problems.append(f"environment variable {name} must be a string or a number")
+        elif any(ord(character) < 32 for character in str(value)):
+            problems.append(f"environment variable {name} holds a line break or another control character")
+    return problems
+
+
+def instance_problems(
+    instances: Sequence[Mapping[str, Any]],
+    device: str,
+    table: Mapping[str, Any],
+    allow_shared_gpus: bool = False,
+) -> list[str]:
+    """Everything that is wrong with `vllm_instances`, one sentence each."""
+    problems = []
+    for index, instance in enumerate(instances):
+        name = instance.get("name")
+        where = f"vllm_instances[{index}]" + (f" ({name})" if name else "")
+        found = [f"{key!r} is missing" for key in ("name", "model", "port") if instance.get(key) in (None, "")]
+        for key in instance:
+            if key not in INSTANCE_KEYS:
+                close = difflib.get_close_matches(str(key), INSTANCE_KEYS, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(INSTANCE_KEYS)}"
+                found.append(f"key {key!r} is unknown{hint}")
+        if name and not INSTANCE_NAME.fullmatch(str(name)):
+            found.append("'name' must consist of lower-case letters, digits and dashes, at most 32")
+        if instance.get("model") and not MODEL_NAME.fullmatch(str(instance["model"])):
+            found.append("'model' must be the name of a model in the model store, not a path or a repository")
+        port = instance.get("port")
+        if port not in (None, "") and (
+            not isinstance(port, int) or isinstance(port, bool) or not 1024 <= port <= 65535
+        ):
+            found.append(f"'port' is {port!r}; it must be a number from 1024 to 65535")
+        found += gpu_problems(instance, device)
+        found += option_problems(instance.get("options") or {}, table)
+        found += environment_problems(instance.get("environment") or {})
+        problems += [f"{where}: {problem}" for problem in found]
+    problems += repeated("name", [instance.get("name") for instance in instances])
+    problems += repeated("port", [instance.get("port") for instance in instances])
+    if device == "cuda" and not allow_shared_gpus:
+        shared = repeated("gpus", [gpu for instance in instances for gpu in set(instance.get("gpus") or [])])
+        problems += [
+            f"{problem}; set vllm_allow_shared_gpus if two instances really fit on one GPU" for problem in shared
+        ]
+    return problems
+
+
+def gpu_problems(instance: Mapping[str, Any], device: str) -> list[str]:
+    """What is wrong with the GPUs or cores that an instance names."""
+    problems = []
+    for key in ("gpus", "cpus"):
+        numbers = instance.get(key) or []
+        if not isinstance(numbers, list) or any(
+            not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers
+        ):
+            problems.append(f"{key!r} must be a list of numbers from 0")
+            return problems
+    gpus, options = instance.get("gpus") or [], instance.get("options") or {}
+    if device == "cpu" and gpus:
+        problems.append("'gpus' must be empty: vllm_device is cpu")
+    if device == "cuda" and not gpus:
+        problems.append("'gpus' is empty: name the GPUs of this instance, or set vllm_device: cpu")
+    wanted = 1
+    for key in ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size"):
+        size = options.get(key, 1)
+        wanted *= size if isinstance(size, int) else 1
+    if device == "cuda" and gpus and wanted > len(gpus) and "nnodes" not in options:
+        problems.append(f"'gpus' names {len(gpus)} GPU(s), but its parallel sizes need {wanted}")
+    return problems
+
+
+def repeated(key: str, values: Iterable[Any]) -> list[str]:
+    """Name the values of a key that more than one instance has."""
+    counted = Counter(value for value in values if isinstance(value, str | int))
+    return [
+        f"vllm_instances: {key} {value!r} is used by {count} instances" for value, count in counted.items() if count > 1
+    ]
+
+
+def render_environment(environment: Mapping[str, str]) -> str:
+    """Render an EnvironmentFile= of systemd: every value in double quotes, with systemd's escapes."""
+    lines = []
+    for name, value in sorted(environment.items()):
+        escaped = re.sub(r'(["\\$`])', r"\\\1", str(value))
+        lines.append(f'{name}="{escaped}"\n')
+    return "".join(lines)
+
+
+def generation(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn an entry of `vllm_instances` into what the host needs: configuration, environment, and how to ask it (`gate`).
+
+    `settings` holds address, device, models_path, shutdown_timeout and environment (for all instances).
+    """
+    name, model, address = instance["name"], instance["model"], settings["address"]
+    options = dict(instance.get("options") or {})
+    served = options.pop("served-model-name", [model])
+    served = served if isinstance(served, list) else [served]
+    config = {
+        "model": f"{settings['models_path']}/{model}",
+        "served-model-name": served,
+        "host": address,
+        "port": instance["port"],
+        "shutdown-timeout": settings["shutdown_timeout"],
+        "disable-access-log-for-endpoints": "/health,/metrics,/ping",
+        **options,
+    }
+    environment = {**settings["environment"], **(instance.get("environment") or {})}
+    if settings["device"] == "cuda":
+        environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in instance.get("gpus") or [])
+    elif instance.get("cpus"):
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(cpu) for cpu in instance["cpus"])
+    host = f"[{address}]" if ":" in address else address
+    pooling = options.get("runner") == "pooling" or options.get("convert") == "embed"
+    return {
+        "name": name,
+        "gpus": instance.get("gpus") or [],
+        "config": config,
+        "environment": {key: str(value) for key, value in environment.items()},
+        "gate": {
+            "name": name,
+            "unit": f"vllm@{name}.service",
+            "url": f"http://{host}:{instance['port']}",
+            "model": served[0],
+            "api": "embeddings" if pooling else "completions",
+        },
+    }

@@ -1,0 +1,228 @@
+#!/usr/bin/python
+"""An instance is up when it has answered: not when its unit is active, and not when /health says 200."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: completion_gate
+version_added: 0.1.0
+author: The vLLM Fleet authors
+short_description: Waits until vLLM instances have answered a one-token completion
+description:
+  - Asks every instance at the same time, with its real model name, until it answers or the deadline is over.
+  - Gives up at once on an instance whose unit failed or was restarted by systemd meanwhile.
+  - C(/health) is not asked. It says 200 while the engine hangs (vLLM issue 36451).
+options:
+  instances:
+    description: Instances to ask.
+    type: list
+    elements: dict
+    required: true
+    suboptions:
+      name:
+        description: Name of the instance.
+        type: str
+        required: true
+      url:
+        description: Where it listens, for example C(http://127.0.0.1:8000).
+        type: str
+        required: true
+      model:
+        description: Name of the model that is asked for.
+        type: str
+        required: true
+      api:
+        description: What to ask. A pooling model answers embeddings.
+        type: str
+        choices: [completions, embeddings]
+        default: completions
+      unit:
+        description: The systemd unit, watched while waiting. Its journal is part of a failure.
+        type: str
+  api_key:
+    description: Key that the instances ask for.
+    type: str
+    required: true
+  timeout:
+    description: Seconds until an instance must have answered.
+    type: int
+    default: 900
+  request_timeout:
+    description: Seconds that one request may take.
+    type: int
+    default: 60
+attributes:
+  check_mode:
+    description: Asks nothing.
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: The instance answers
+  gpufleet.llm.completion_gate:
+    instances:
+      - name: chat
+        url: http://127.0.0.1:8000
+        model: qwen2.5-7b
+        unit: vllm@chat.service
+    api_key: "{{ vllm_internal_key }}"
+"""
+
+RETURN = r"""
+passed:
+  description: Instances that answered, with C(name) and C(seconds).
+  returned: always
+  type: list
+  elements: dict
+failed_instances:
+  description: Instances that did not, with C(name), C(reason) and C(journal), the lines of the journal that matter.
+  returned: on failure
+  type: list
+  elements: dict
+"""
+
+import http.client
+import json
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+from ansible.module_utils.basic import AnsibleModule
+
+REQUESTS: dict[str, dict[str, Any]] = {
+    "completions": {"prompt": "Hi", "max_tokens": 1, "temperature": 0},
+    "embeddings": {"input": "Hi"},
+}
+PAUSE_SECONDS = 1.0
+# A line that says why, not one that says where in the code.
+TELLING = re.compile(
+    r"\b(\w*Error|\w*Exception|error|Failed|failed|fatal|Traceback|out of memory|No space left"
+    r"|[Dd]enied|refused|not found|[Nn]ot permitted|No such file|Killed|status=)\b"
+)
+PREFIX = re.compile(r"^(\([\w-]+ pid=\d+\)\s*)?((ERROR|INFO|WARNING) [\d-]+ [\d:.]+ \[[^\]]*\]\s*)?")
+NOISE = re.compile(
+    r"Failed to attach \d+ to compat systemd cgroup|^\s*(File \"|raise |return |await |\^+\s*$|~+)|Traceback \(most recent call last\)"
+)
+
+
+def ask(instance: dict[str, Any], key: str, timeout: float) -> str:
+    """Ask once. Returns nothing when the answer is good, else what was wrong."""
+    api = instance.get("api") or "completions"
+    address = urlsplit(instance["url"])
+    # A connection of its own, never through a proxy: the instance is on this host.
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=timeout)
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    try:
+        connection.request("POST", f"/v1/{api}", json.dumps({"model": instance["model"], **REQUESTS[api]}), headers)
+        response = connection.getresponse()
+        body = response.read().decode(errors="replace")
+        if response.status != http.client.OK:
+            return f"HTTP {response.status}: {body[:300]}"
+        answer = json.loads(body)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return f"no answer ({error or type(error).__name__})"
+    finally:
+        connection.close()
+    if answer.get("choices") or answer.get("data"):
+        return ""
+    return f"an answer without content: {json.dumps(answer)[:300]}"
+
+
+def telling_lines(journal: str, limit: int = 12) -> list[str]:
+    """The lines of a journal that say what went wrong, oldest first, without repeats; the last ones when none does."""
+    lines = [line.rstrip() for line in journal.splitlines() if line.strip()]
+    chosen: dict[str, None] = {}
+    for line in lines:
+        text = PREFIX.sub("", line).strip()
+        if TELLING.search(text) and not NOISE.search(text):
+            chosen[text[:400]] = None
+    return list(chosen)[-limit:] or [line[:400] for line in lines[-limit:]]
+
+
+class Gate:
+    """Waits for instances with one deadline for all of them."""
+
+    def __init__(self, module: AnsibleModule) -> None:
+        self.module = module
+        self.deadline = time.monotonic() + module.params["timeout"]
+        self.started = time.time()
+
+    def unit_state(self, unit: str) -> dict[str, str]:
+        """State and number of restarts of a unit."""
+        _status, output, _error = self.module.run_command(
+            ["systemctl", "show", unit, "--property=ActiveState,NRestarts,Result"]
+        )
+        return dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+
+    def journal(self, unit: str) -> list[str]:
+        """What the unit logged since the gate began, down to what matters."""
+        since = f"--since=@{int(self.started) - 5}"
+        _status, output, _error = self.module.run_command(
+            ["journalctl", "--unit", unit, since, "--lines=2000", "--output=cat", "--no-pager", "--quiet"]
+        )
+        return telling_lines(output)
+
+    def wait(self, instance: dict[str, Any]) -> dict[str, Any]:
+        """Ask one instance until it answers, its unit dies, or the deadline is over."""
+        begun = time.monotonic()
+        unit = instance.get("unit")
+        restarts = self.unit_state(unit).get("NRestarts", "0") if unit else "0"
+        reason = "it was never asked"
+        while True:
+            left = self.deadline - time.monotonic()
+            reason = ask(
+                instance, self.module.params["api_key"], max(1.0, min(left, self.module.params["request_timeout"]))
+            )
+            if not reason:
+                return {"name": instance["name"], "seconds": round(time.monotonic() - begun, 1)}
+            if unit:
+                state = self.unit_state(unit)
+                if state.get("ActiveState") in ("failed", "inactive") or state.get("NRestarts", "0") != restarts:
+                    reason = f"{unit} died ({state.get('Result') or state.get('ActiveState')})"
+                    break
+            if time.monotonic() + PAUSE_SECONDS >= self.deadline:
+                reason = f"no completion after {self.module.params['timeout']} s: {reason}"
+                break
+            time.sleep(PAUSE_SECONDS)
+        return {"name": instance["name"], "reason": reason, "journal": self.journal(unit) if unit else []}
+
+
+def main() -> None:
+    """Wait for all instances side by side."""
+    module = AnsibleModule(
+        argument_spec={
+            "instances": {
+                "type": "list",
+                "elements": "dict",
+                "required": True,
+                "options": {
+                    "name": {"type": "str", "required": True},
+                    "url": {"type": "str", "required": True},
+                    "model": {"type": "str", "required": True},
+                    "api": {"type": "str", "choices": ["completions", "embeddings"], "default": "completions"},
+                    "unit": {"type": "str"},
+                },
+            },
+            "api_key": {"type": "str", "required": True, "no_log": True},
+            "timeout": {"type": "int", "default": 900},
+            "request_timeout": {"type": "int", "default": 60},
+        },
+        supports_check_mode=True,
+    )
+    if module.check_mode or not module.params["instances"]:
+        module.exit_json(changed=False, passed=[])
+    gate = Gate(module)
+    with ThreadPoolExecutor(max_workers=len(module.params["instances"])) as pool:
+        results = list(pool.map(gate.wait, module.params["instances"]))
+    failed = [result for result in results if "reason" in result]
+    passed = [result for result in results if "reason" not in result]
+    if failed:
+        message = "; ".join(f"{result['name']}: {result['reason']}" for result in failed)
+        module.fail_json(msg=message, passed=passed, failed_instances=failed)
+    module.exit_json(changed=False, passed=passed)
+
+
+if __name__ == "__main__":
+    main()

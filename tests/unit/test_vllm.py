@@ -1,0 +1,163 @@
+"""What an inventory says of vLLM: checked, explained, rendered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.gpufleet.llm.plugins.module_utils import gpu, vllm
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = json.loads((ROOT / "roles/vllm/files/options/0.33.0-cuda.json").read_text())
+GOOD: dict[str, Any] = {
+    "name": "chat",
+    "model": "qwen",
+    "port": 8000,
+    "gpus": [0, 1],
+    "options": {"tensor-parallel-size": 2},
+}
+
+
+def problems(*changes: dict[str, Any], device: str = "cuda") -> str:
+    return "; ".join(vllm.instance_problems([{**GOOD, **change} for change in changes], device, TABLE))
+
+
+def test_a_good_instance_has_no_problem() -> None:
+    assert problems({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"name": None}, "'name' is missing"),
+        ({"name": "Chat"}, "'name' must consist of lower-case"),
+        ({"name": "a/../b"}, "'name' must consist of lower-case"),
+        ({"name": "chat\nExecStart=x"}, "'name' must consist of lower-case"),
+        ({"model": "../etc"}, "'model' must be the name of a model"),
+        ({"model": "Qwen/Qwen2.5"}, "'model' must be the name of a model"),
+        ({"prot": 8000}, "key 'prot' is unknown; did you mean 'port'?"),
+        ({"port": 80}, "'port' is 80; it must be a number from 1024 to 65535"),
+        ({"port": "8000"}, "'port' is '8000'"),
+        ({"port": 70000}, "'port' is 70000"),
+        ({"gpus": []}, "'gpus' is empty"),
+        ({"gpus": [-1]}, "'gpus' must be a list of numbers from 0"),
+        ({"gpus": "0,1"}, "'gpus' must be a list of numbers from 0"),
+        ({"gpus": [0]}, "'gpus' names 1 GPU(s), but its parallel sizes need 2"),
+        (
+            {"options": {"max-model-length": 1}},
+            "option 'max-model-length' is not one of vllm serve's; did you mean 'max-model-len'?",
+        ),
+        ({"options": {"max_model_len": 1}}, "write 'max-model-len'"),
+        ({"options": {"--dtype": "auto"}}, "write 'dtype'"),
+        ({"options": {"no-enable-prefix-caching": True}}, "write 'enable-prefix-caching: false'"),
+        ({"options": {"swap-space": 4}}, "any more; write nothing"),
+        ({"options": {"guided-decoding-backend": "x"}}, "any more; write structured-outputs-config"),
+        ({"options": {"enforce-eager": "yes"}}, "'enforce-eager' is 'yes'; it must be true or false"),
+        ({"options": {"tensor-parallel-size": "two"}}, "'tensor-parallel-size' is 'two'; it must be a whole number"),
+        ({"options": {"gpu-memory-utilization": "90%"}}, "it must be a number"),
+        ({"options": {"dtype": "bf17"}}, "it must be one of auto, bfloat16"),
+        ({"options": {"max-model-len": None}}, "'max-model-len' has no value"),
+        ({"options": {"host": "10.0.0.1"}}, "option 'host' cannot be set here: it comes from vllm_bind_address"),
+        ({"options": {"api-key": "x"}}, "it comes from vllm_internal_key"),
+        ({"environment": {"VLLM_SERVER_DEV_MODE": 1}}, "VLLM_SERVER_DEV_MODE is refused"),
+        ({"environment": {"PYTHONOPTIMIZE": 1}}, "CVE-2026-41523"),
+        ({"environment": {"a b": 1}}, "must consist of upper-case letters"),
+        ({"environment": {"A": "x\ny"}}, "A holds a line break"),
+        ({"environment": {"A": {}}}, "A must be a string or a number"),
+    ],
+)
+def test_a_mistake_is_answered_with_what_would_be_right(change: dict[str, Any], expected: str) -> None:
+    assert expected in problems(change)
+
+
+def test_a_mistake_in_the_environment_does_not_tell_its_value() -> None:
+    assert "hunter2" not in problems({"environment": {"TOKEN": "hunter2\n", "VLLM_API_KEY": "hunter2"}})
+
+
+def test_what_two_instances_may_not_share_is_named() -> None:
+    assert "name 'chat' is used by 2 instances" in problems({}, {"port": 8001, "gpus": [2, 3]})
+    assert "port 8000 is used by 2 instances" in problems({}, {"name": "b", "gpus": [2, 3]})
+    assert "gpus 1 is used by 2 instances; set vllm_allow_shared_gpus" in problems(
+        {}, {"name": "b", "port": 8001, "gpus": [1, 2]}
+    )
+
+
+def test_all_problems_are_told_at_once() -> None:
+    told = problems({"name": "X", "port": 1, "options": {"nonsense": 1}})
+    assert told.count("vllm_instances[0]") == 3
+
+
+def test_a_cpu_takes_no_gpus() -> None:
+    assert "'gpus' must be empty" in problems({}, device="cpu")
+
+
+@pytest.mark.parametrize("name", vllm.RENAMED_OPTIONS)
+def test_no_option_that_exists_is_called_removed(name: str) -> None:
+    for table in (ROOT / "roles/vllm/files/options").glob("*.json"):
+        assert name not in json.loads(table.read_text()), table.name
+
+
+@pytest.mark.parametrize("name", vllm.OWNED_OPTIONS)
+def test_every_option_that_the_role_owns_exists(name: str) -> None:
+    assert name in TABLE
+
+
+def settings(**change: Any) -> dict[str, Any]:
+    return {
+        "address": "10.0.0.5",
+        "device": "cuda",
+        "models_path": "/srv/models",
+        "shutdown_timeout": 60,
+        "environment": {"A": 1},
+        **change,
+    }
+
+
+def test_a_generation_says_how_to_serve_and_how_to_ask() -> None:
+    made = vllm.generation(GOOD, settings())
+    assert made["config"]["model"] == "/srv/models/qwen"
+    assert made["config"]["host"] == "10.0.0.5"
+    assert made["config"]["tensor-parallel-size"] == 2
+    assert made["environment"] == {"A": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "0,1"}
+    assert made["gate"] == {
+        "name": "chat",
+        "unit": "vllm@chat.service",
+        "url": "http://10.0.0.5:8000",
+        "model": "qwen",
+        "api": "completions",
+    }
+
+
+def test_a_generation_asks_for_the_name_that_is_served() -> None:
+    instance = {**GOOD, "options": {"served-model-name": ["first", "second"], "runner": "pooling"}}
+    gate = vllm.generation(instance, settings(address="fd00::5"))["gate"]
+    assert (gate["model"], gate["api"], gate["url"]) == ("first", "embeddings", "http://[fd00::5]:8000")
+
+
+def test_cores_are_bound_on_a_cpu_only() -> None:
+    made = vllm.generation({**GOOD, "gpus": [], "cpus": [0, 2]}, settings(device="cpu"))
+    assert made["environment"] == {"A": "1", "VLLM_CPU_OMP_THREADS_BIND": "0,2"}
+
+
+def test_the_environment_file_is_escaped_as_systemd_reads_it() -> None:
+    assert vllm.render_environment({"B": 'x "y" $z `u` \\', "A": 1}) == 'A="1"\nB="x \\"y\\" \\$z \\`u\\` \\\\"\n'  # type: ignore[dict-item]
+
+
+# Written in the format of NVIDIA_SMI_QUERY (not recordings: those come with the driver role).
+NVIDIA_SMI = {
+    "H200": ("0, NVIDIA H200, 143771, 9.0, 580.159.04\n", [(0, 143771, 9.0)]),
+    "T4 and V100": (
+        "0, Tesla T4, 15360, 7.5, 580.95.05\n1, Tesla V100-SXM2-16GB, 16384, 7.0, 580.95.05\n",
+        [(0, 15360, 7.5), (1, 16384, 7.0)],
+    ),
+    "GB10 (memory is not told)": ("0, NVIDIA GB10, [N/A], 12.1, 580.95.05\n", [(0, 0, 12.1)]),
+    "none": ("No devices were found\n", []),
+}
+
+
+@pytest.mark.parametrize("machine", NVIDIA_SMI)
+def test_nvidia_smi_is_understood(machine: str) -> None:
+    output, expected = NVIDIA_SMI[machine]
+    assert [(g["index"], g["memory_mib"], g["compute_capability"]) for g in gpu.parse_nvidia_smi(output)] == expected

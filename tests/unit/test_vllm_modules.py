@@ -1,0 +1,280 @@
+"""The modules of the vllm role, without a host: the gate against a small HTTP server, generations in a temporary directory."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.gpufleet.llm.plugins.modules import completion_gate, vllm_generation, vllm_preflight
+
+# What vLLM 0.32 logs when the engine refuses its configuration, shortened to one of each kind of line.
+JOURNAL = """Started vllm@chat.service - vLLM instance chat.
+(APIServer pid=101) INFO 11-21 04:58:10 [api_server.py:1]   vLLM API server version 0.32.0
+(EngineCore pid=102) ERROR 11-21 04:58:30 [core.py:9] EngineCore failed to start.
+(EngineCore pid=102) ERROR 11-21 04:58:30 [core.py:9] Traceback (most recent call last):
+(EngineCore pid=102) ERROR 11-21 04:58:30 [core.py:9]   File "/opt/vllm/core.py", line 9, in run
+(EngineCore pid=102) ERROR 11-21 04:58:30 [core.py:9]     raise RuntimeError(
+(EngineCore pid=102) ERROR 11-21 04:58:30 [core.py:9] RuntimeError: Insufficient space in /dev/shm
+(APIServer pid=101) RuntimeError: Engine core initialization failed.
+(APIServer pid=101) RuntimeError: Engine core initialization failed.
+vllm@chat.service: Main process exited, code=exited, status=1/FAILURE
+Failed to attach 3245 to compat systemd cgroup /system.slice/x: No such file or directory
+"""
+
+
+def test_the_journal_is_reduced_to_what_matters() -> None:
+    assert completion_gate.telling_lines(JOURNAL) == [
+        "EngineCore failed to start.",
+        "RuntimeError: Insufficient space in /dev/shm",
+        "RuntimeError: Engine core initialization failed.",
+        "vllm@chat.service: Main process exited, code=exited, status=1/FAILURE",
+    ]
+
+
+def test_a_journal_that_says_nothing_is_shown_by_its_end() -> None:
+    assert completion_gate.telling_lines("one\n\ntwo\nthree\n", limit=2) == ["two", "three"]
+
+
+class Upstream(http.server.BaseHTTPRequestHandler):
+    """Answers as the test wants."""
+
+    answer: Callable[[dict[str, Any], str], tuple[int, str]]
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        status, text = type(self).answer({**body, "path": self.path}, self.headers["Authorization"])
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_arguments: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def upstream() -> Iterator[Any]:
+    """A server on loopback; `answer` is set by the test."""
+    handler = type("Handler", (Upstream,), {})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    handler.url = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+def instance(url: str, **change: str) -> dict[str, Any]:
+    return {"name": "chat", "url": url, "model": "qwen", "api": "completions", **change}
+
+
+def test_the_gate_asks_for_one_token_of_the_real_model_with_the_key(upstream: Any) -> None:
+    seen = []
+
+    def answer(body: dict[str, Any], authorization: str) -> tuple[int, str]:
+        seen.append((body, authorization))
+        return 200, '{"choices": [{"text": "x"}]}'
+
+    upstream.answer = staticmethod(answer)
+    assert completion_gate.ask(instance(upstream.url), "secret", 5) == ""
+    assert seen == [
+        (
+            {"path": "/v1/completions", "model": "qwen", "prompt": "Hi", "max_tokens": 1, "temperature": 0},
+            "Bearer secret",
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "expected"),
+    [
+        (500, "boom", "HTTP 500: boom"),
+        (401, '{"error": "Unauthorized"}', "HTTP 401"),
+        (200, '{"choices": []}', "an answer without content"),
+        (200, "<html>", "no answer"),
+    ],
+)
+def test_an_answer_that_is_none_does_not_pass(upstream: Any, status: int, text: str, expected: str) -> None:
+    upstream.answer = staticmethod(lambda _body, _key: (status, text))
+    assert expected in completion_gate.ask(instance(upstream.url), "k", 5)
+
+
+def test_an_embedding_passes_for_a_pooling_model(upstream: Any) -> None:
+    upstream.answer = staticmethod(
+        lambda body, _key: (200, '{"data": [1]}') if body["path"] == "/v1/embeddings" else (404, "")
+    )
+    assert completion_gate.ask(instance(upstream.url, api="embeddings"), "k", 5) == ""
+
+
+def test_a_hung_engine_does_not_pass(upstream: Any) -> None:
+    def hang(_body: dict[str, Any], _key: str) -> tuple[int, str]:
+        time.sleep(1.5)
+        return 200, ""
+
+    upstream.answer = staticmethod(hang)
+    begun = time.monotonic()
+    assert "no answer" in completion_gate.ask(instance(upstream.url), "k", 0.3)
+    assert time.monotonic() - begun < 1.2
+
+
+def test_a_closed_port_does_not_pass() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert "refused" in completion_gate.ask(instance(f"http://127.0.0.1:{port}"), "k", 1)
+
+
+class FakeModule:
+    """Stands in for AnsibleModule: records commands instead of running systemctl."""
+
+    def __init__(self, path: Path, **parameters: Any) -> None:
+        self.params = {
+            "config_path": str(path),
+            "inputs": [],
+            "release": "/opt/r1",
+            "keep": 2,
+            "releases_path": None,
+            **parameters,
+        }
+        self.check_mode = False
+        self.commands: list[str] = []
+
+    def run_command(self, command: list[str], **_options: object) -> tuple[int, str, str]:
+        self.commands.append(" ".join(command))
+        return 0, "", ""
+
+
+def wanted(length: int = 1, **environment: str) -> dict[str, Any]:
+    return {
+        "name": "chat",
+        "config": {"model": "/nowhere/qwen", "max-model-len": length},
+        "environment": environment,
+        "gate": {"name": "chat", "model": "qwen"},
+    }
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where running instances say which generation they run."""
+    monkeypatch.setattr(vllm_generation, "RUNTIME", tmp_path / "run")
+    (tmp_path / "run/chat").mkdir(parents=True)
+    (tmp_path / "etc").mkdir()
+    return tmp_path / "run/chat/generation"
+
+
+def prepare(path: Path, length: int = 1, **parameters: Any) -> dict[str, Any]:
+    return vllm_generation.prepared(FakeModule(path / "etc", instances=[wanted(length)], **parameters))
+
+
+def switch(path: Path, runtime: Path, confirm: bool = True) -> vllm_generation.Instance:
+    module = FakeModule(path / "etc")
+    chat = vllm_generation.Instance(module, "chat")
+    vllm_generation.activated(chat)
+    runtime.write_text(f"{chat.current()}\n")
+    if confirm:
+        vllm_generation.confirmed(module, [chat])
+    return chat
+
+
+def test_a_generation_is_written_once(tmp_path: Path, runtime: Path) -> None:
+    assert prepare(tmp_path)["pending"] == ["chat"]
+    switch(tmp_path, runtime)
+    again = prepare(tmp_path)
+    assert (again["changed"], again["pending"]) == (False, [])
+    assert sorted(path.name for path in (tmp_path / "etc/chat").iterdir()) == ["1", "current"]
+    assert (tmp_path / "etc/chat/1/environment").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("change", [{"length": 2}, {"release": "/opt/r2"}])
+def test_what_differs_becomes_a_new_generation(tmp_path: Path, runtime: Path, change: dict[str, Any]) -> None:
+    prepare(tmp_path)
+    switch(tmp_path, runtime)
+    assert prepare(tmp_path, **change)["pending"] == ["chat"]
+    assert switch(tmp_path, runtime).current() == 2
+
+
+def test_an_input_that_changed_is_a_new_generation(tmp_path: Path, runtime: Path) -> None:
+    unit = tmp_path / "unit"
+    unit.write_text("one")
+    prepare(tmp_path, inputs=[str(unit)])
+    switch(tmp_path, runtime)
+    assert prepare(tmp_path, inputs=[str(unit)])["pending"] == []
+    unit.write_text("two")
+    assert prepare(tmp_path, inputs=[str(unit)])["pending"] == ["chat"]
+
+
+def test_a_run_that_died_after_writing_or_switching_is_finished(tmp_path: Path, runtime: Path) -> None:
+    prepare(tmp_path)
+    assert prepare(tmp_path)["pending"] == ["chat"]
+    assert vllm_generation.Instance(FakeModule(tmp_path / "etc"), "chat").numbers() == [1], (
+        "the generation that is there is used"
+    )
+    switch(tmp_path, runtime, confirm=False)
+    assert prepare(tmp_path)["pending"] == ["chat"], "switched, but it never answered"
+    switch(tmp_path, runtime)
+    runtime.unlink()
+    assert prepare(tmp_path)["pending"] == ["chat"], "it does not run"
+
+
+def test_going_back_goes_to_the_last_that_answered(tmp_path: Path, runtime: Path) -> None:
+    prepare(tmp_path)
+    switch(tmp_path, runtime)
+    prepare(tmp_path, length=2)
+    chat = switch(tmp_path, runtime, confirm=False)
+    assert vllm_generation.reverted(chat)
+    assert (chat.current(), chat.numbers()) == (1, [1])
+
+
+def test_with_nothing_to_go_back_to_the_instance_is_stopped(tmp_path: Path, runtime: Path) -> None:
+    prepare(tmp_path)
+    chat = switch(tmp_path, runtime, confirm=False)
+    assert not vllm_generation.reverted(chat)
+    assert chat.current() is None
+    assert chat.module.commands[-1] == "systemctl stop vllm@chat.service"
+
+
+def test_old_generations_go_but_never_the_last_good_ones(tmp_path: Path, runtime: Path) -> None:
+    for length in range(1, 6):
+        prepare(tmp_path, length=length)
+        chat = switch(tmp_path, runtime)
+    assert chat.numbers() == [4, 5]
+    prepare(tmp_path, length=9)
+    for length in (10, 11, 12):
+        prepare(tmp_path, length=length)
+    chat.prune(2)
+    assert {4, 5} <= set(chat.numbers())
+
+
+def test_releases_that_no_generation_needs_are_removed(tmp_path: Path, runtime: Path) -> None:
+    for name in ("r1", "r2"):
+        (tmp_path / "releases" / name).mkdir(parents=True)
+    prepare(tmp_path, release=str(tmp_path / "releases/r1"))
+    module = FakeModule(tmp_path / "etc", releases_path=str(tmp_path / "releases"))
+    chat = switch(tmp_path, runtime)
+    assert vllm_generation.confirmed(module, [chat])
+    assert [path.name for path in (tmp_path / "releases").iterdir()] == ["r1"]
+
+
+def test_instances_that_nobody_wants_are_named(tmp_path: Path, runtime: Path) -> None:
+    (tmp_path / "etc/old").mkdir()
+    assert prepare(tmp_path)["obsolete"] == ["old"]
+
+
+def test_the_environment_is_in_no_diff(tmp_path: Path, runtime: Path) -> None:
+    module = FakeModule(tmp_path / "etc", instances=[wanted(TOKEN="hunter2")])
+    assert "hunter2" not in json.dumps(vllm_generation.prepared(module))
+
+
+def test_listening_ports_are_read_from_proc(tmp_path: Path) -> None:
+    (tmp_path / "net").mkdir()
+    header = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
+    listen = "   0: 0100007F:1F40 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 4242 1 0\n"
+    open_ = "   1: 0100007F:1F41 0100007F:9999 01 00000000:00000000 00:00000000 00000000  1000        0 4343 1 0\n"
+    (tmp_path / "net/tcp").write_text(header + listen + open_)
+    assert vllm_preflight.listeners(tmp_path) == {8000: {"4242"}}

