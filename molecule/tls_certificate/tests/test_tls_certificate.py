@@ -1,0 +1,169 @@
+"""The certificate as a client sees it, and what happens when it changes."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from testinfra.host import Host
+
+ROOT = os.environ["MOLECULE_PROJECT_DIRECTORY"]
+DIRECTORY = "/etc/ssl/vllm-fleet"
+Pair = tuple[str, str]
+
+
+def apply(host: Host, **variables: object) -> subprocess.CompletedProcess[str]:
+    """Apply the role again with other variables."""
+    name = host.backend.hostname.removeprefix("docker://")
+    return subprocess.run(
+        [
+            "ansible-playbook", "molecule/shared/converge.yml", f"--inventory={ROOT}/molecule/shared/inventory/",
+            f"--limit={name}", "--diff", "--extra-vars", json.dumps(variables),
+        ],
+        cwd=ROOT, text=True, capture_output=True, check=False, env={**os.environ, "MOLECULE_SCENARIO_NAME": "tls_certificate"},
+    )  # fmt: skip
+
+
+def certificate(host: Host, name: str = "fullchain.pem") -> x509.Certificate:
+    """The certificate in a file."""
+    return x509.load_pem_x509_certificate(host.file(f"{DIRECTORY}/{name}").content)
+
+
+def names(host: Host) -> set[str]:
+    """What the certificate is for."""
+    extension = certificate(host).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    return {str(entry.value) for entry in extension.value}
+
+
+def reloads(host: Host) -> int:
+    """How often the service was asked to reload."""
+    return len(host.run("cat /run/tls-user.reloads").stdout.splitlines())
+
+
+def make_pair(days: int = 30, name: str = "given.test") -> Pair:
+    """A certificate that signs itself, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    begin = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=60)
+    signed = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(begin)
+        .not_valid_after(begin + datetime.timedelta(days=60 + days))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    text = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ).decode()
+    return signed.public_bytes(serialization.Encoding.PEM).decode(), text
+
+
+@pytest.fixture
+def as_it_was(host: Host) -> Iterator[None]:
+    """Whatever the test changes, the next one finds the scenario's certificate."""
+    yield
+    done = apply(host)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_certificate_is_for_its_names_and_a_client_accepts_it(host: Host) -> None:
+    assert names(host) == {"llm.test", "other.llm.test", "192.0.2.7"}
+    host.check_output(
+        f"openssl verify -x509_strict -purpose sslserver -verify_hostname llm.test -CAfile {DIRECTORY}/ca.pem "
+        f"{DIRECTORY}/fullchain.pem"
+    )
+    key = certificate(host).public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    assert key.curve.name == "secp256r1"
+
+
+def test_the_authority_can_sign_servers_and_no_further_authority(host: Host) -> None:
+    authority = certificate(host, "ca.pem")
+    constraints = authority.extensions.get_extension_for_class(x509.BasicConstraints)
+    assert constraints.critical
+    assert (constraints.value.ca, constraints.value.path_length) == (True, 0)
+    usage = authority.extensions.get_extension_for_class(x509.KeyUsage).value
+    assert (usage.key_cert_sign, usage.digital_signature) == (True, False)
+    assert (authority.not_valid_after_utc - authority.not_valid_before_utc).days in (3649, 3650)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("fullchain.pem", 0o644), ("privkey.pem", 0o600), ("ca.pem", 0o644), ("ca.key", 0o600)]
+)
+def test_only_root_reads_the_keys(host: Host, name: str, mode: int) -> None:
+    file = host.file(host.check_output(f"realpath {DIRECTORY}/{name}"))
+    assert (file.user, file.group, file.mode) == ("root", "root", mode)
+
+
+def test_two_runs_reloaded_once(host: Host) -> None:
+    """The scenario has applied the role twice by now; never-there.service is in the list as well."""
+    assert reloads(host) == 1
+
+
+@pytest.mark.usefixtures("as_it_was")
+def test_new_names_are_a_new_certificate_of_the_same_authority(host: Host) -> None:
+    before, authority, reloaded = certificate(host), certificate(host, "ca.pem"), reloads(host)
+    done = apply(host, tls_certificate_names=["new.test"], tls_certificate_valid_days=90)
+    assert done.returncode == 0, done.stdout
+    assert names(host) == {"new.test"}
+    assert certificate(host).serial_number != before.serial_number
+    assert certificate(host, "ca.pem") == authority
+    assert reloads(host) == reloaded + 1
+    # 90 days are less than a third of 365: it is time to renew
+    present = certificate(host)
+    assert apply(host, tls_certificate_names=["new.test"], tls_certificate_valid_days=365).returncode == 0
+    assert certificate(host).not_valid_after_utc > present.not_valid_after_utc + datetime.timedelta(days=270)
+
+
+def given(pair: Pair, **more: object) -> dict[str, object]:
+    """Variables that hand over a pair."""
+    return {
+        "tls_certificate_source": "files", "tls_certificate_names": ["given.test"],
+        "tls_certificate_certificate": pair[0], "tls_certificate_key": pair[1], **more,
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("as_it_was")
+def test_given_files_are_served_and_the_key_is_not_shown(host: Host, tmp_path: Path) -> None:
+    pair, reloaded = make_pair(), reloads(host)
+    done = apply(host, **given(pair))
+    assert done.returncode == 0, done.stdout
+    assert names(host) == {"given.test"}
+    assert host.file(f"{DIRECTORY}/privkey.pem").content_string.strip() == pair[1].strip()
+    assert pair[1].splitlines()[1] not in done.stdout + done.stderr
+    assert host.file(host.check_output(f"realpath {DIRECTORY}/privkey.pem")).mode == 0o600
+    assert reloads(host) == reloaded + 1
+    # the same by paths on the controller
+    for name, text in zip(("certificate", "key"), pair, strict=True):
+        (tmp_path / name).write_text(text)
+    files = {f"tls_certificate_{name}_file": str(tmp_path / name) for name in ("certificate", "key")}
+    done = apply(host, tls_certificate_source="files", tls_certificate_names=["given.test"], **files)
+    assert done.returncode == 0, done.stdout
+    assert host.file(f"{DIRECTORY}/privkey.pem").content_string.strip() == pair[1].strip()
+
+
+def test_a_pair_that_cannot_be_served_is_refused_before_anything_changes(host: Host) -> None:
+    before, good, other = certificate(host), make_pair(), make_pair()
+    for variables, message in (
+        (given((good[0], other[1])), "does not belong to the certificate"),
+        (given(make_pair(days=-1)), "is valid from"),
+        (given(good, tls_certificate_names=["given.test", "more.test"]), "does not cover more.test"),
+        (given((good[0], "")), "tls_certificate_key"),
+    ):
+        done = apply(host, **variables)
+        output = " ".join((done.stdout + done.stderr).split())
+        assert done.returncode != 0
+        assert "changed=0" in output
+        assert message in output
+        assert (
+            not variables["tls_certificate_key"] or str(variables["tls_certificate_key"]).splitlines()[1] not in output
+        )
+    assert certificate(host) == before
