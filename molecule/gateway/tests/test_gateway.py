@@ -1,0 +1,520 @@
+"""The gateway as its clients meet it.
+
+Behind it is molecule/gateway/fake_vllm.py, twice; real vLLM is behind it in tests/e2e.
+
+Requests go over the network from outside the host, on sockets of our own: HTTP libraries tidy up paths.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import http.client
+import itertools
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from testinfra.host import Host
+
+ROOT = os.environ["MOLECULE_PROJECT_DIRECTORY"]
+TEAM_A = "aaaaaaaaaaaaaaaa-0123456789abcdef"
+SLOW = "bbbbbbbbbbbbbbbb-0123456789abcdef"
+NARROW = "cccccccccccccccc-0123456789abcdef"
+DEFAULT = "dddddddddddddddd-0123456789abcdef"
+INTERNAL = "internal-0123456789abcdef0123456789abcdef"
+CHAT = "/v1/chat/completions"
+POSTS = [CHAT, "/v1/completions", "/v1/embeddings", "/v1/responses"]
+# What vLLM answers without a key, or must never be asked from outside: ../shared/reference/vllm-and-peers.md 3.2
+FORBIDDEN = [
+    "/invocations", "/tokenize", "/detokenize", "/metrics", "/version", "/load", "/ping", "/health", "/docs",
+    "/redoc", "/openapi.json", "/kv_event_sources", "/scale_elastic_ep", "/is_scaling_elastic_ep",
+    "/generative_scoring", "/pooling", "/classify", "/score", "/rerank", "/v1/score", "/v1/rerank", "/v2/rerank",
+    "/pause", "/resume", "/sleep", "/wake_up", "/reset_prefix_cache", "/server_info", "/collective_rpc",
+    "/update_weights", "/init_weight_transfer_engine", "/abort_requests", "/start_profile", "/tokenizer_info",
+    "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/chat/completions/render", "/inference/v1/generate",
+    "/cohere/v2/embed", "/v1/responses/resp_1", "/v1/models/fake", "/v1/audio/transcriptions", "/v1", "/v1/", "/",
+    "/v1/models/", "/.git/config",
+]  # fmt: skip
+# Written by a client so that the match and what vLLM sees might differ.
+SMUGGLED = [
+    "/invocations/../v1/models", "//v1/models", "/v1/models%2f..", "/v1/%6dodels", "/v1/./models",
+    "/v1/models?x=/metrics", "/v1/models/../../metrics", "/v1/models%2f..%2f..%2fmetrics", "/v1/models/..;/metrics",
+    "/v1/models%00", "/v1/models%20", "/V1/MODELS", "/metrics?/v1/models", "/metrics#/v1/models", "/%2e%2e/metrics",
+    "/v1/models%3f/../../metrics",
+]  # fmt: skip
+
+
+@dataclass
+class Answer:
+    """What a client got."""
+
+    status: int
+    headers: dict[str, str]
+    text: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        error = self.json["error"]
+        assert set(error) == {"message", "type", "param", "code"}, error
+        assert self.headers["content-type"] == "application/json"
+        return dict(error)
+
+    @property
+    def upstream_headers(self) -> dict[str, str]:
+        return dict(self.json["headers"])
+
+
+class Gateway:
+    """A client of the gateway."""
+
+    def __init__(self, host: Host) -> None:
+        self.name = host.backend.hostname.removeprefix("docker://")
+        self.address = subprocess.run(
+            ["docker", "inspect", "--format", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", self.name],
+            check=True, capture_output=True, text=True,
+        ).stdout.strip()  # fmt: skip
+        self.tls = ssl.create_default_context(cadata=host.file("/etc/ssl/vllm-fleet/ca.pem").content_string)
+
+    def connect(self, server_name: str = "llm.test") -> ssl.SSLSocket:
+        return self.tls.wrap_socket(
+            socket.create_connection((self.address, 443), timeout=15), server_hostname=server_name
+        )
+
+    def raw(self, data: bytes) -> bytes:
+        """Send bytes and return everything that comes back."""
+        with self.connect() as connection:
+            connection.sendall(data)
+            received = b""
+            while part := connection.recv(65536):
+                received += part
+        return received
+
+    def ask(
+        self,
+        path: str,
+        key: str | None = TEAM_A,
+        body: Any = None,
+        method: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Answer:
+        connection = http.client.HTTPConnection(self.address)
+        connection.sock = self.connect()
+        method = method or ("POST" if path in POSTS else "GET")
+        data = body if isinstance(body, bytes) else json.dumps(body or {}).encode()
+        everything = {"Host": "llm.test", **({"Authorization": f"Bearer {key}"} if key else {}), **(headers or {})}
+        if method == "POST":
+            everything["Content-Length"] = str(len(data))
+        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+        for name, value in everything.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        try:
+            if method == "POST":
+                connection.send(data)
+        except OSError:
+            pass  # refused before it was read; the answer says why
+        response = connection.getresponse()
+        text = response.read().decode()
+        connection.close()
+        return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, text)
+
+    def apply(self, *extra: str) -> subprocess.CompletedProcess[str]:
+        """Apply the role again."""
+        return subprocess.run(
+            [
+                "ansible-playbook", "molecule/shared/converge.yml", f"--inventory={ROOT}/molecule/shared/inventory/",
+                f"--limit={self.name}", *extra,
+            ],
+            cwd=ROOT, text=True, capture_output=True, check=False,
+            env={**os.environ, "MOLECULE_SCENARIO_NAME": "gateway"},
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def gateway(host: Host) -> Gateway:
+    return Gateway(host)
+
+
+@pytest.fixture
+def both_up(host: Host) -> Iterator[None]:
+    """Whatever the test does to the backends, the next one finds both."""
+    yield
+    host.check_output("systemctl start fake-vllm@1 fake-vllm@2")
+    time.sleep(0.5)
+    host.check_output("systemctl reload nginx")  # forget who failed
+    time.sleep(0.5)
+
+
+# --- who is let in
+
+
+def test_a_key_is_let_in_and_the_internal_key_goes_on(gateway: Gateway) -> None:
+    answer = gateway.ask(CHAT)
+    assert answer.status == 200
+    assert answer.upstream_headers["authorization"] == f"Bearer {INTERNAL}"
+    assert TEAM_A not in answer.text
+
+
+def test_a_client_may_have_a_name_that_means_something_to_nginx(gateway: Gateway) -> None:
+    assert gateway.ask(CHAT, key=DEFAULT).status == 200
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        None, "", f"Bearer {TEAM_A.upper()}", f"bearer {TEAM_A}", f"BEARER {TEAM_A}", f"Basic {TEAM_A}", TEAM_A,
+        f"Bearer {TEAM_A}x", f"Bearer {TEAM_A[:-1]}", f"Bearer  {TEAM_A}", f"Bearer {TEAM_A},", f"Bearer {INTERNAL}",
+        "Bearer", "Bearer .*", f"Bearer x {TEAM_A}",
+    ],
+)  # fmt: skip
+def test_everything_else_is_not(gateway: Gateway, authorization: str | None) -> None:
+    answer = gateway.ask(CHAT, key=None, headers={} if authorization is None else {"Authorization": authorization})
+    assert answer.status == 401
+    assert answer.error["code"] == "invalid_api_key"
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_two_keys_are_no_key(gateway: Gateway) -> None:
+    head = "GET /v1/models HTTP/1.1\r\nHost: llm.test\r\nConnection: close\r\n"
+    head += f"Authorization: Bearer {TEAM_A}\r\nAuthorization: Bearer wrong\r\n\r\n"
+    assert gateway.raw(head.encode()).split(b" ")[1] in (b"400", b"401")
+
+
+# --- what is let through
+
+
+@pytest.mark.parametrize("path", [*POSTS, "/v1/models"])
+def test_the_api_is_let_through(gateway: Gateway, path: str) -> None:
+    answer = gateway.ask(path)
+    assert (answer.status, answer.json["path"]) == (200, path)
+
+
+@pytest.mark.parametrize("path", FORBIDDEN)
+def test_nothing_else_is(gateway: Gateway, path: str) -> None:
+    for method in ("GET", "POST"):
+        answer = gateway.ask(path, method=method)
+        assert answer.status == 404, answer.text
+        assert answer.error["code"] == "not_found"
+
+
+@pytest.mark.parametrize("path", SMUGGLED)
+def test_the_backend_never_sees_a_path_of_the_clients(gateway: Gateway, path: str) -> None:
+    answer = gateway.ask(path)
+    if answer.status == 200:
+        assert answer.json["path"] == "/v1/models"
+    else:
+        assert answer.status in (400, 404)
+
+
+def test_a_query_is_dropped(gateway: Gateway) -> None:
+    assert gateway.ask("/v1/chat/completions?key=1&x=y", method="POST").json["path"] == CHAT
+
+
+@pytest.mark.parametrize(("path", "method", "allowed"), [
+    (CHAT, "GET", "POST"), (CHAT, "PUT", "POST"), (CHAT, "DELETE", "POST"), (CHAT, "OPTIONS", "POST"),
+    ("/v1/models", "POST", "GET"), ("/v1/models", "DELETE", "GET"), ("/v1/models", "PATCH", "GET"),
+])  # fmt: skip
+def test_a_wrong_method_is_told_the_right_one(gateway: Gateway, path: str, method: str, allowed: str) -> None:
+    answer = gateway.ask(path, method=method)
+    assert (answer.status, answer.headers["allow"]) == (405, allowed)
+    assert answer.error["code"] == "method_not_allowed"
+
+
+def test_what_a_client_says_about_itself_stays_outside(gateway: Gateway) -> None:
+    lies = {
+        "X-Forwarded-For": "192.0.2.99", "X-Real-IP": "192.0.2.99", "Forwarded": "for=192.0.2.99",
+        "X-Request-Id": "192.0.2.99", "X-Forwarded-Host": "192.0.2.99", "Cookie": "a=192.0.2.99",
+        "X-Data-Parallel-Rank": "0", "X_Forwarded_For": "192.0.2.99",
+    }  # fmt: skip
+    answer = gateway.ask(CHAT, headers=lies)
+    assert "192.0.2.99" not in answer.text
+    sent = answer.upstream_headers
+    assert sent["x-request-id"] == answer.headers["x-request-id"]
+    assert len(sent["x-request-id"]) == 32
+    assert sent["host"] == "vllm"
+    assert sent["x-forwarded-for"] == gateway.address.rpartition(".")[0] + ".1"
+    assert "x-data-parallel-rank" not in sent
+
+
+# --- errors
+
+
+def test_a_body_that_is_too_large(gateway: Gateway) -> None:
+    answer = gateway.ask(CHAT, body=b"x" * (1024 * 1024 + 1))
+    assert answer.status == 413
+    assert answer.error["code"] == "request_too_large"
+    assert gateway.ask(CHAT, body=b"x" * (1024 * 1024)).json["size"] == 1024 * 1024
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [
+        (b"GET /v1/models HTTP/1.1\r\nBroken", b"400"),
+        (b"GET /" + b"x" * 20000 + b" HTTP/1.1", b"414"),
+        (b"GET / HTTP/1.1\r\nHost: llm.test\r\nX: " + b"x" * 20000, b"400"),
+    ],
+    ids=["no-host", "long-path", "long-header"],
+)  # fmt: skip
+def test_malformed_requests_get_json(gateway: Gateway, request_line: bytes, status: bytes) -> None:
+    head, _, body = gateway.raw(request_line + b"\r\n\r\n").partition(b"\r\n\r\n")
+    assert head.split(b" ")[1] == status
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_an_error_of_vllm_is_passed_on_as_it_is(gateway: Gateway) -> None:
+    answer = gateway.ask(CHAT, body={"fake": "refuse"})
+    assert answer.status == 503
+    assert answer.json["error"]["type"] == "from_vllm"
+
+
+def test_a_backend_that_breaks_off_is_502_and_the_prompt_runs_once(gateway: Gateway) -> None:
+    answer = gateway.ask(CHAT, body={"fake": "drop"})
+    assert answer.status == 502
+    assert answer.error["code"] == "bad_gateway"
+
+
+def test_a_backend_that_hangs_is_504(gateway: Gateway) -> None:
+    answer = gateway.ask(CHAT, body={"fake": "hang"})
+    assert answer.status == 504
+    assert answer.error["code"] == "timeout"
+
+
+# --- backends
+
+
+def test_both_backends_are_used(gateway: Gateway) -> None:
+    assert {gateway.ask(CHAT).json["backend"] for _ in range(8)} == {"1", "2"}
+
+
+@pytest.mark.usefixtures("both_up")
+def test_a_dead_backend_costs_no_request(gateway: Gateway, host: Host) -> None:
+    host.check_output("systemctl stop fake-vllm@1")
+    assert [gateway.ask(CHAT).status for _ in range(12)] == [200] * 12
+
+
+@pytest.mark.usefixtures("both_up")
+def test_without_backends_the_client_is_told(gateway: Gateway, host: Host) -> None:
+    host.check_output("systemctl stop fake-vllm@1 fake-vllm@2")
+    for _ in range(8):
+        answer = gateway.ask(CHAT)
+        assert answer.status in (502, 503)
+        assert answer.error["type"] == "server_error"
+
+
+# --- streaming
+
+
+def stream(gateway: Gateway) -> Iterator[tuple[float, bytes]]:
+    """Ask for a stream; yield what arrives with the time of its arrival."""
+    body = json.dumps({"fake": "stream"}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: llm.test\r\nConnection: close\r\n"
+    head += f"Authorization: Bearer {TEAM_A}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with gateway.connect() as connection:
+        connection.sendall(head.encode() + body)
+        while part := connection.recv(65536):
+            yield time.monotonic(), part
+
+
+def test_a_stream_arrives_piece_by_piece(gateway: Gateway) -> None:
+    arrived = [(when, part) for when, part in stream(gateway) if b"data: " in part]
+    assert len(arrived) >= 8
+    gaps = [later - earlier for (earlier, _), (later, _) in itertools.pairwise(arrived)]
+    assert min(gaps) > 0.1
+    assert arrived[-1][0] - arrived[0][0] > 2
+
+
+def test_a_reload_does_not_cut_a_stream(gateway: Gateway, host: Host) -> None:
+    received = b""
+    for number, (_, part) in enumerate(stream(gateway)):
+        received += part
+        if number == 2:
+            host.check_output("systemctl reload nginx")
+    assert b"data: 7" in received
+    assert b"[DONE]" in received
+
+
+# --- limits
+
+
+def test_a_client_beyond_its_rate_waits_and_others_do_not(gateway: Gateway) -> None:
+    answers = [gateway.ask(CHAT, key=SLOW) for _ in range(6)]
+    # one, and the burst of two
+    assert [answer.status for answer in answers] == [200] * 3 + [429] * 3
+    assert answers[-1].error["type"] == "rate_limit_error"
+    assert answers[-1].headers["retry-after"] == "10"
+    assert gateway.ask(CHAT, key=TEAM_A).status == 200
+
+
+def test_a_client_beyond_its_concurrency_is_refused_and_others_are_not(gateway: Gateway) -> None:
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        running = [pool.submit(gateway.ask, CHAT, NARROW, {"fake": "slow"}) for _ in range(5)]
+        other = pool.submit(gateway.ask, CHAT, TEAM_A, {"fake": "slow"})
+        statuses = sorted(future.result().status for future in running)
+        assert other.result().status == 200
+    assert statuses == [200, 200, 429, 429, 429]
+    assert gateway.ask(CHAT, key=NARROW).status == 200
+
+
+def test_guessing_keys_is_slowed_down(host: Host, gateway: Gateway) -> None:
+    """From the host itself, an address of its own: the other tests are refused often enough."""
+    guess = f"curl -sk -o /dev/null -w '%{{http_code}} %header{{retry-after}}\\n' -H 'Authorization: Bearer guess' https://127.0.0.1{CHAT}"
+    body = f"curl -sk -H 'Authorization: Bearer guess' https://127.0.0.1{CHAT}"
+    # one command: an address gets a try back every two seconds
+    told = host.check_output(f"for i in $(seq 80); do {guess}; done; {body}").splitlines()
+    assert told[0].startswith("401")
+    assert told[79].split() == ["429", "2"]
+    assert json.loads("".join(told[80:]))["error"]["code"] == "rate_limit_exceeded"
+    assert gateway.ask(CHAT).status == 200
+
+
+# --- the outside
+
+
+def test_http_is_sent_to_https(gateway: Gateway) -> None:
+    connection = http.client.HTTPConnection(gateway.address, timeout=5)
+    connection.request("GET", "/v1/models", headers={"Host": "llm.test"})
+    response = connection.getresponse()
+    assert (response.status, response.getheader("Location")) == (308, "https://llm.test/v1/models")
+
+
+def test_another_name_gets_no_answer(gateway: Gateway) -> None:
+    with pytest.raises(ConnectionError):
+        gateway.ask("/healthz", headers={"Host": "evil.test"})
+    connection = http.client.HTTPConnection(gateway.address, timeout=5)
+    connection.request("GET", "/", headers={"Host": "evil.test"})
+    with pytest.raises(ConnectionError):
+        connection.getresponse()
+
+
+def test_health_needs_no_key_and_headers_are_right(gateway: Gateway) -> None:
+    answer = gateway.ask("/healthz", key=None)
+    assert (answer.status, answer.json["status"]) == (200, "ok")
+    answer = gateway.ask(CHAT)
+    assert answer.headers["strict-transport-security"] == "max-age=63072000"
+    assert answer.headers["server"] == "nginx"
+    assert "retry-after" not in answer.headers
+
+
+def test_mozillas_intermediate_profile_is_met(gateway: Gateway) -> None:
+    """By sslyze, a judge of its own. Only that nobody else trusts the authority of this host may displease it."""
+    command = [sys.executable, "-m", "sslyze", "--mozilla_config=intermediate", gateway.address]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    verdict = done.stdout.rpartition("COMPLIANCE AGAINST")[2]
+    findings = [line.split()[1] for line in verdict.splitlines() if line.strip().startswith("* ")]
+    assert findings == ["certificate_path_validation:"], done.stdout
+
+
+# --- secrets and the log
+
+
+def test_the_log_says_who_and_never_the_key(gateway: Gateway, host: Host) -> None:
+    request_id = gateway.ask(f"{CHAT}?secret-argument", method="POST").headers["x-request-id"]
+    gateway.ask(CHAT, key=TEAM_A.upper())
+    time.sleep(0.3)
+    lines = [
+        json.loads(line)
+        for line in host.file("/var/log/nginx/access.log").content_string.splitlines()
+        if line.startswith('{"time"')
+    ]
+    entry = next(line for line in lines if line["request_id"] == request_id)
+    assert (entry["client"], entry["uri"], entry["status"], entry["method"]) == ("team-a", CHAT, "200", "POST")
+    assert entry["upstream_addr"] in ("10.99.0.1:8000", "10.99.0.2:8000")
+    assert float(entry["time_to_first_byte"]) >= 0
+    for secret in (TEAM_A, SLOW, INTERNAL):
+        assert host.run(f"grep -ri -e {secret} /var/log").stdout == ""
+        assert host.run(f"journalctl --no-pager | grep -i -e {secret}").stdout == ""
+        assert secret not in host.check_output("ps axww -o args | grep -v grep")
+    assert "secret-argument" not in host.file("/var/log/nginx/access.log").content_string
+
+
+def test_the_keys_are_in_one_file_that_only_root_reads(host: Host) -> None:
+    files = host.check_output("ls /etc/nginx/keys").split()
+    assert len(files) == 1
+    file = host.file(f"/etc/nginx/keys/{files[0]}")
+    assert (file.user, file.mode) == ("root", 0o600)
+    assert host.file("/etc/nginx/keys").mode == 0o700
+    assert host.run(f"grep -rl {TEAM_A} /etc").stdout.split() == [file.path]
+
+
+# --- changes
+
+
+def test_a_configuration_that_nginx_refuses_changes_nothing(gateway: Gateway, host: Host) -> None:
+    before = host.file("/etc/nginx/nginx.conf").content_string
+    done = gateway.apply("--extra-vars=gateway_tls_certificate_file=/etc/hostname")
+    assert done.returncode != 0
+    assert "failed to validate" in done.stdout
+    assert host.file("/etc/nginx/nginx.conf").content_string == before
+    assert host.run("nginx -t").rc == 0
+    assert gateway.ask(CHAT).status == 200
+
+
+def test_a_new_key_replaces_the_old_one_everywhere(gateway: Gateway, host: Host) -> None:
+    new = "eeeeeeeeeeeeeeee-0123456789abcdef"
+    clients = [{"name": "team-a", "key": new, "requests_per_minute": 60000, "concurrent_requests": 100}]
+    pid = host.check_output("systemctl show --property=MainPID nginx")
+    try:
+        done = gateway.apply("--diff", "--extra-vars", json.dumps({"gateway_clients": clients}))
+        assert done.returncode == 0, done.stdout
+        assert new not in done.stdout + done.stderr
+        assert TEAM_A not in done.stdout + done.stderr
+        assert gateway.ask(CHAT, key=new).status == 200
+        assert gateway.ask(CHAT, key=TEAM_A).status == 401
+        assert len(host.check_output("ls /etc/nginx/keys").split()) == 1
+        assert host.run(f"grep -r {TEAM_A} /etc/nginx").rc == 1
+    finally:
+        assert gateway.apply().returncode == 0
+    assert gateway.ask(CHAT, key=TEAM_A).status == 200
+    assert host.check_output("systemctl show --property=MainPID nginx") == pid
+
+
+UPPER = {"name": "x", "key": "TOP-SECRET-UPPER-CASE-KEY-0123456789", "requests_per_minute": 1, "concurrent_requests": 1}
+BAD_INPUT = [
+    ("gateway_routes", [{"model": "a", "instance": "chat"}] * 2, "Routing by model comes with a later release"),
+    ("gateway_routes", [{"model": "a", "instance": "nowhere"}], "no host of the group gateway_backends has it"),
+    ("gateway_internal_key", "short-secret", "gateway_internal_key (default: vllm_internal_key)"),
+    ("gateway_tls_certificate_file", "/nowhere.pem", "/nowhere.pem (gateway_tls_certificate_file) is not on"),
+    ("gateway_clients", [UPPER], "The key of x is not"),
+]
+
+
+@pytest.mark.parametrize(("variable", "value", "message"), BAD_INPUT, ids=range(len(BAD_INPUT)))
+def test_bad_input_is_refused_before_anything_changes(
+    gateway: Gateway, variable: str, value: Any, message: str
+) -> None:
+    done = gateway.apply("--extra-vars", json.dumps({variable: value}))
+    output = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode != 0
+    assert message in output
+    assert "changed=0" in output
+    assert "TOP-SECRET" not in output
+    assert "short-secret" not in output
+
+
+# --- the service
+
+
+def test_a_stop_waits_for_a_stream(gateway: Gateway, host: Host) -> None:
+    received = b""
+    try:
+        for number, (_, part) in enumerate(stream(gateway)):
+            received += part
+            if number == 2:
+                host.check_output("systemctl stop --no-block nginx")
+        assert b"[DONE]" in received
+    finally:
+        time.sleep(1)
+        host.check_output("systemctl start nginx")
+    assert gateway.ask(CHAT).status == 200

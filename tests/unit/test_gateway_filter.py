@@ -1,0 +1,188 @@
+"""The filters of the gateway, and what its configuration becomes with them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+import yaml
+from ansible.errors import AnsibleFilterError
+from ansible.plugins.filter.core import FilterModule as CoreFilters
+from ansible_collections.gpufleet.llm.plugins.filter import gateway
+
+ROLE = Path(__file__).resolve().parents[2] / "roles" / "gateway"
+FILTERS = gateway.FilterModule().filters()
+KEYS = [character * 32 for character in "abcdef"]
+
+
+def client(name: str, rate: int = 600, concurrent: int = 32, **more: Any) -> dict[str, Any]:
+    """A client with a key of its own."""
+    return {
+        "name": name, "key": f"{name}-{KEYS[0]}", "requests_per_minute": rate, "concurrent_requests": concurrent, **more,
+    }  # fmt: skip
+
+
+def test_every_filter_is_described() -> None:
+    for name in FILTERS:
+        described = yaml.safe_load((ROLE.parents[1] / "plugins" / "filter" / f"{name}.yml").read_text())
+        assert described["DOCUMENTATION"]["name"] == name
+
+
+def test_mistakes_in_the_inventory_are_errors_that_name_the_host() -> None:
+    hostvars = {"gpu1": {"vllm_instances": [{"name": "chat", "port": 8000}]}}
+    for call in (
+        lambda: gateway.gateway_backends(hostvars, "chat", ["gpu1"], ["lb1"]),
+        lambda: gateway.bind_address(hostvars, "gpu1", ["lb1"]),
+        lambda: gateway.fleet_address(hostvars, "gpu1"),
+    ):
+        with pytest.raises(AnsibleFilterError, match="gpu1: ansible_host is not set"):
+            call()
+
+
+def test_clients_with_the_same_limit_share_a_zone() -> None:
+    clients = [client("a", 600), client("b", 60), client("c", 600), client("d", 600, burst=0)]
+    assert gateway.gateway_rate_groups(clients) == [
+        {"requests_per_minute": 60, "burst": 10, "names": ["b"]},
+        {"requests_per_minute": 600, "burst": 0, "names": ["d"]},
+        {"requests_per_minute": 600, "burst": 100, "names": ["a", "c"]},
+    ]
+    assert gateway.gateway_concurrency_groups([client("a"), client("b", concurrent=1), client("c")]) == [
+        {"concurrent_requests": 1, "names": ["b"]},
+        {"concurrent_requests": 32, "names": ["a", "c"]},
+    ]
+
+
+@pytest.mark.parametrize(("rate", "burst"), [(1, 5), (30, 5), (60, 10), (601, 101)])
+def test_the_burst_that_a_client_has_without_saying(rate: int, burst: int) -> None:
+    assert gateway.burst(client("a", rate)) == burst
+
+
+@pytest.mark.parametrize(
+    ("clients", "problem"),
+    [
+        ([client("A")], "Entry 1 has the name 'A'"),
+        ([client("-a")], "Entry 1 has the name '-a'"),
+        ([client("a\n")], "Entry 1 has the name"),
+        ([client("a"), client("a")], "The name a is used twice."),
+        ([client("a", key="short")], "The key of a is not"),
+        ([client("a", key=KEYS[0].upper())], "The key of a is not"),
+        ([client("a", key=KEYS[0] + '";')], "The key of a is not"),
+        ([client("a", key=KEYS[0] + "\n")], "The key of a is not"),
+        ([client("a", key=KEYS[0]), client("b", key=KEYS[0])], "a and b have the same key."),
+        ([client("a", rate=0)], "requests_per_minute of a is 0"),
+        ([client("a", concurrent=0)], "concurrent_requests of a is 0"),
+        ([client("a", burst=-1)], "burst of a is -1"),
+    ],
+)
+def test_what_is_wrong_with_clients_is_said_without_their_keys(clients: list[dict[str, Any]], problem: str) -> None:
+    problems = " ".join(gateway.gateway_client_problems(clients))
+    assert problem in problems
+    assert not any(entry["key"] in problems for entry in clients)
+
+
+def test_good_clients_have_no_problems() -> None:
+    assert gateway.gateway_client_problems([client("a"), client("default", burst=0)]) == []
+
+
+def test_names_of_servers() -> None:
+    assert gateway.host_name_problems(["llm.example.com", "192.0.2.1", "2001:db8::1"]) == []
+    assert len(gateway.host_name_problems(["LLM", "a b", "a", "a"])) == 3
+    assert gateway.subject_alt_names(["a.b", "192.0.2.1"]) == ["DNS:a.b", "IP:192.0.2.1"]
+
+
+def test_names_that_a_certificate_covers() -> None:
+    alternatives = ["DNS:a.test", "DNS:*.b.test", "IP:192.0.2.1", "IP Address:192.0.2.2"]
+    assert gateway.uncovered_names(["a.test", "x.b.test", "192.0.2.1", "192.0.2.2"], alternatives) == []
+    assert gateway.uncovered_names(["b.test", "y.x.b.test", "192.0.2.3"], alternatives) == [
+        "b.test",
+        "y.x.b.test",
+        "192.0.2.3",
+    ]
+
+
+def render(template: str = "etc/nginx/nginx.conf.j2", release: str = "Debian-13", **more: Any) -> str:
+    """The configuration as Ansible would write it, with the role's defaults."""
+    values = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
+    internals = yaml.safe_load((ROLE / "vars/main.yml").read_text())
+    can = internals["__gateway_releases"][release]
+    values |= {
+        "ansible_managed": "Ansible managed",
+        "__gateway_can": can,
+        "__gateway_tls_ciphers": internals["__gateway_tls_ciphers"],
+        "__gateway_tls_groups": (["?X25519MLKEM768"] if can["mlkem"] else []) + ["X25519", "prime256v1", "secp384r1"],
+        "__gateway_methods": internals["__gateway_methods"],
+        "__gateway_errors": internals["__gateway_errors"],
+        "__gateway_backends": ["10.0.0.1:8000", "[fd00::2]:8000"],
+        "__gateway_keys_file": "/etc/nginx/keys/0123456789abcdef.conf",
+        "__gateway_generation": "0123456789ab",
+        "gateway_server_names": ["llm.example.com", "2001:db8::1"],
+        "gateway_routes": [{"model": "m", "instance": "chat"}],
+        "gateway_clients": [client("a", 600), client("b", 60, 1), client("c", 600)],
+        "gateway_internal_key": "internal-" + KEYS[1],
+        **more,
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ROLE / "templates"), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, keep_trailing_newline=True, autoescape=False,  # noqa: S701 - this is no HTML
+    )  # fmt: skip
+    environment.filters |= CoreFilters().filters() | {f"gpufleet.llm.{name}": each for name, each in FILTERS.items()}
+    return environment.get_template(template).render(values)
+
+
+def test_each_distinct_limit_is_one_zone() -> None:
+    text = render()
+    assert re.findall(r"limit_req_zone \S+ zone=rate_(\S+):1m rate=(\S+);", text) == [
+        ("60_10", "60r/m"),
+        ("600_100", "600r/m"),
+    ]
+    assert re.findall(r"limit_conn_zone \S+ zone=concurrent_(\d+)", text) == ["1", "32"]
+    location = text.partition("location = /v1/completions {")[2].partition("\n        }\n")[0]
+    assert "limit_req zone=rate_60_10 burst=10 nodelay;" in location
+    assert "limit_conn concurrent_1 1;" in location
+    assert "proxy_pass http://vllm/v1/completions;" in location
+
+
+def test_only_chosen_paths_are_let_through() -> None:
+    assert re.findall(r"location = (/v1/\S+)", render(gateway_paths=["/v1/models"])) == ["/v1/models"]
+
+
+@pytest.mark.parametrize(
+    ("release", "has", "has_not"),
+    [
+        ("Ubuntu-22.04", ["ssl http2;", "ssl_session_tickets off"], ["http2 on", "MLKEM"]),
+        ("Debian-12", ["ssl http2;", "ssl_session_tickets off"], ["http2 on", "MLKEM"]),
+        ("Ubuntu-24.04", ["ssl http2;"], ["http2 on", "MLKEM", "ssl_session_tickets"]),
+        ("Debian-13", ["http2 on;", "?X25519MLKEM768:X25519"], ["ssl http2", "ssl_session_tickets"]),
+        ("Ubuntu-26.04", ["http2 on;", "?X25519MLKEM768:X25519"], ["ssl http2", "ssl_session_tickets"]),
+    ],
+)
+def test_a_release_gets_what_its_nginx_and_openssl_can_do(release: str, has: list[str], has_not: list[str]) -> None:
+    text = render(release=release)
+    assert [part for part in has if part not in text] == []
+    assert [part for part in has_not if part in text] == []
+
+
+def test_no_secret_is_in_the_configuration_that_everybody_may_read() -> None:
+    keys = [f"{name}-{KEYS[0]}" for name in "abc"]
+    secrets = render("etc/nginx/keys/keys.conf.j2")
+    for secret in [*keys, "internal-" + KEYS[1]]:
+        assert secret not in render()
+        assert secret in secrets
+
+
+def test_gixy_finds_nothing(tmp_path: Path) -> None:
+    """A judge of its own. try_files is skipped: its one name is never that of a file, it only delays the answer."""
+    keys = tmp_path / "keys.conf"
+    keys.write_text(render("etc/nginx/keys/keys.conf.j2"))
+    (tmp_path / "mime.types").write_text("types { text/html html; }\n")
+    configuration = tmp_path / "nginx.conf"
+    text = render(__gateway_keys_file=str(keys)).replace("/etc/nginx/mime.types", str(tmp_path / "mime.types"))
+    configuration.write_text(text)
+    command = [str(Path(sys.executable).parent / "gixy"), "--skips=try_files_is_evil_too", str(configuration)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
