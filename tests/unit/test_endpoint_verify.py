@@ -1,0 +1,260 @@
+"""endpoint_verify against a local TLS server that can misbehave in every way that the module looks for."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import json
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.gpufleet.llm.plugins.modules import endpoint_verify
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+KEY = "sk-right"
+MODEL = "tiny"
+NAME = "llm.test"
+
+
+def certificate(directory: Path, days: int, names: tuple[str, ...] = (NAME,)) -> Path:
+    """A self-signed certificate with its key in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=2))
+        .not_valid_after(now + datetime.timedelta(days=days, hours=1))
+        .add_extension(
+            x509.SubjectAlternativeName(
+                [*(x509.DNSName(name) for name in names), x509.IPAddress(ipaddress.ip_address("127.0.0.9"))]
+            ),
+            critical=False,
+        )
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    file = directory / f"certificate-{days}.pem"
+    file.write_bytes(
+        built.public_bytes(serialization.Encoding.PEM)
+        + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return file
+
+
+class Gateway(ThreadingHTTPServer):
+    """A gateway as it should be, unless `fault` says what is wrong with it."""
+
+    fault = ""
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that refuse the certificate are part of the tests."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers like the gateway."""
+
+    server: Gateway
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+    def send(self, status: int, body: object) -> None:
+        """Send a JSON answer."""
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def allowed(self) -> bool:
+        """Whether path and key are fine; if not, the refusal is sent."""
+        fault = self.server.fault
+        if self.path not in ("/v1/models", "/v1/completions", "/v1/chat/completions"):
+            self.send(200 if fault == "open path" else 404, {"error": {}})
+            return False
+        key = self.headers.get("Authorization")
+        if key == f"Bearer {KEY}" or (fault == "any key" and key) or fault == "no key":
+            return True
+        self.send(401, {"error": {}})
+        return False
+
+    def do_GET(self) -> None:
+        """List the models."""
+        if self.allowed():
+            listed = "another" if self.server.fault == "another model" else MODEL
+            self.send(200, {"object": "list", "data": [{"id": listed}]})
+
+    def do_POST(self) -> None:
+        """Complete."""
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self.allowed():
+            return
+        fault = self.server.fault
+        if fault == "slow":
+            time.sleep(3)
+        if fault == "bad gateway":
+            self.send(502, {"error": {"message": "no backend"}})
+        elif fault == "not a completion":
+            self.send(200, {"hello": "world"})
+        elif body.get("stream"):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            events = [b'data: {"choices": [{"text": "x"}]}\n\n'] * (2 if fault == "few pieces" else 8)
+            if fault == "buffered":
+                time.sleep(0.1)
+                events = [b"".join(events)]
+            for event in events:
+                self.wfile.write(event)
+                self.wfile.flush()
+                time.sleep(0.01)
+            if fault != "cut":
+                self.wfile.write(b"data: [DONE]\n\n")
+        else:
+            chat = self.path == "/v1/chat/completions"
+            self.send(200, {"choices": [{"message": {"content": "three"}} if chat else {"text": " three"}]})
+
+
+@pytest.fixture(scope="module")
+def good_certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate that lasts."""
+    return certificate(tmp_path_factory.mktemp("tls"), 90)
+
+
+@pytest.fixture
+def served(good_certificate: Path, request: pytest.FixtureRequest) -> Iterator[Gateway]:
+    """The gateway; a parameter is the certificate to use instead of the good one."""
+    gateway = Gateway(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(getattr(request, "param", None) or good_certificate)
+    gateway.socket = context.wrap_socket(gateway.socket, server_side=True, do_handshake_on_connect=False)
+    threading.Thread(target=gateway.serve_forever, args=(0.05,), daemon=True).start()
+    yield gateway
+    gateway.shutdown()
+    gateway.server_close()
+
+
+def rows(
+    gateway: Gateway, ca: Path | None, *, key: str = KEY, name: str = NAME, path: str = endpoint_verify.COMPLETIONS
+) -> dict[str, tuple[str, str]]:
+    """What the module says, by check."""
+    endpoint = endpoint_verify.Endpoint(
+        f"https://{name}:{gateway.server_address[1]}", key, "127.0.0.1", str(ca) if ca else None, timeout=1
+    )
+    found = endpoint_verify.verify(endpoint, [MODEL], ["/metrics", "/invocations"], 7, path)
+    return {row["check"]: (row["result"], row["detail"]) for row in found}
+
+
+def failed(found: dict[str, tuple[str, str]]) -> dict[str, str]:
+    """Only what failed."""
+    return {check: detail for check, (result, detail) in found.items() if result != "ok"}
+
+
+def test_a_good_gateway_passes_every_check(served: Gateway, good_certificate: Path) -> None:
+    found = rows(served, good_certificate)
+    assert failed(found) == {}
+    assert list(found) == [
+        "certificate",
+        "key needed",
+        "models",
+        f"completion {MODEL}",
+        f"streaming {MODEL}",
+        "closed /metrics",
+        "closed /invocations",
+    ]
+    assert "valid for 90 more days" in found["certificate"][1]
+
+
+def test_chat_instead_of_completions(served: Gateway, good_certificate: Path) -> None:
+    found = rows(served, good_certificate, path=endpoint_verify.CHAT)
+    assert failed(found) == {}
+    assert "'three'" in found[f"completion {MODEL}"][1]
+
+
+def test_no_completions_are_asked_for_where_none_are_served(served: Gateway, good_certificate: Path) -> None:
+    found = rows(served, good_certificate, path=endpoint_verify.NONE)
+    assert failed(found) == {}
+    assert "models" in found
+    assert f"completion {MODEL}" not in found
+
+
+@pytest.mark.parametrize(
+    ("fault", "checks", "says"),
+    [
+        ("no key", ["key needed"], "no key: 200 instead of 401"),
+        ("any key", ["key needed"], "a wrong key: 200 instead of 401"),
+        ("another model", ["models"], "not listed: tiny (listed: another)"),
+        ("bad gateway", [f"completion {MODEL}", f"streaming {MODEL}"], "502: "),
+        ("not a completion", [f"completion {MODEL}", f"streaming {MODEL}"], "not a completion"),
+        ("buffered", [f"streaming {MODEL}"], "all at once"),
+        ("few pieces", [f"streaming {MODEL}"], "2 pieces only"),
+        ("cut", [f"streaming {MODEL}"], "without [DONE]"),
+        ("open path", ["closed /metrics", "closed /invocations"], "GET is answered by 200 instead of 404"),
+        ("slow", [f"completion {MODEL}", f"streaming {MODEL}"], "no answer in time"),
+    ],
+)
+def test_each_fault_fails_its_check_and_no_other(
+    served: Gateway, good_certificate: Path, fault: str, checks: list[str], says: str
+) -> None:
+    served.fault = fault
+    found = failed(rows(served, good_certificate))
+    assert list(found) == checks
+    assert says in found[checks[0]]
+
+
+def test_a_refused_key_is_told_apart_from_a_missing_model(served: Gateway, good_certificate: Path) -> None:
+    found = failed(rows(served, good_certificate, key="sk-other"))
+    assert found["models"].startswith("401")
+
+
+def test_an_unknown_authority_ends_the_checks(served: Gateway) -> None:
+    found = rows(served, None)
+    assert list(found) == ["certificate"]
+    assert "does not verify" in found["certificate"][1]
+
+
+def test_another_name_is_refused(served: Gateway, good_certificate: Path) -> None:
+    found = rows(served, good_certificate, name="other.test")
+    assert list(found) == ["certificate"]
+    assert "other.test" in found["certificate"][1]
+
+
+def test_a_certificate_that_runs_out_soon_fails_and_the_rest_is_still_checked(tmp_path: Path) -> None:
+    soon = certificate(tmp_path, 3)
+    gateway = Gateway(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(soon)
+    gateway.socket = context.wrap_socket(gateway.socket, server_side=True, do_handshake_on_connect=False)
+    threading.Thread(target=gateway.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        assert failed(rows(gateway, soon)) == {"certificate": "valid for 3 more days only"}
+    finally:
+        gateway.shutdown()
+        gateway.server_close()
+
+
+def test_nobody_there(good_certificate: Path) -> None:
+    endpoint = endpoint_verify.Endpoint(f"https://{NAME}:1", KEY, "127.0.0.1", str(good_certificate), timeout=1)
+    found = endpoint_verify.verify(endpoint, [MODEL], [], 7)
+    assert [(row["check"], row["result"]) for row in found] == [("certificate", "FAILED")]
+    assert "refused" in found[0]["detail"]
+
+
+@pytest.mark.parametrize("url", ["http://llm.test", "llm.test", "https://llm.test/v1", "https://"])
+def test_a_url_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="https://NAME"):
+        endpoint_verify.Endpoint(url, KEY)
