@@ -1,0 +1,19 @@
+#!/usr/bin/env python3
+"""Inventory of the demo fleet: the hosts that `make demo` started (.demo/fleet.json), or their names when none runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+directory = Path(os.environ.get("DEMO_DIR") or Path(__file__).resolve().parents[2] / ".demo")
+try:
+    fleet = json.loads((directory / "fleet.json").read_text())
+except FileNotFoundError:
+    fleet = {"gateway": {"demo-gateway": "192.0.2.1"}, "vllm": {"demo-gpu1": "192.0.2.2"}}  # RFC 5737: leads nowhere
+inventory: dict[str, object] = {group: {"hosts": sorted(hosts)} for group, hosts in fleet.items()}
+inventory["_meta"] = {
+    "hostvars": {name: {"ansible_host": address} for hosts in fleet.values() for name, address in hosts.items()}
+}
+print(json.dumps(inventory))
