@@ -1,0 +1,338 @@
+"""The frame of the repository: what every role, scenario, inventory and document has in common."""
+
+from __future__ import annotations
+
+import configparser
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ansible
+import pytest
+import tomllib
+import yaml
+
+from tests import run
+
+ROOT = Path(__file__).resolve().parents[2]
+ROLES = sorted(path.name for path in (ROOT / "roles").iterdir() if path.is_dir())
+STAGES = ["preflight", "install", "configure", "service", "verify"]
+# It is itself a stage of every other role, so its main.yml holds its tasks.
+NOT_STAGED = {"host_support"}
+SCENARIOS = run.scenarios()
+INJECTED = re.compile(
+    r"\bansible_(distribution\w*|os_family|architecture|hostname|fqdn|nodename|domain|default_ipv[46]|all_ipv[46]_addresses"
+    r"|memtotal_mb|memory_mb|processor\w*|kernel|service_mgr|pkg_mgr|env|date_time|python_version|lsb|mounts|interfaces"
+    r"|machine|system|virtualization\w*|devices|selinux|apparmor|user_id|local|userspace_bits|uptime_seconds)\b"
+)
+
+
+def load(path: Path) -> Any:
+    """Read a YAML file."""
+    return yaml.safe_load(path.read_text())
+
+
+def tasks(node: Any) -> Iterator[dict[str, Any]]:
+    """Every task of a task file, those in blocks included."""
+    for task in node or []:
+        yield task
+        for part in ("block", "rescue", "always"):
+            yield from tasks(task.get(part))
+
+
+def role_files(role: str, *patterns: str) -> list[Path]:
+    """Files of a role."""
+    return sorted(path for pattern in patterns for path in (ROOT / "roles" / role).glob(pattern) if path.is_file())
+
+
+def load_module(path: Path) -> ModuleType:
+    """Import a program that is not part of a package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- roles ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_role_has_the_files_that_every_role_has(role: str) -> None:
+    wanted = ["README.md", "tasks/main.yml", "defaults/main.yml", "meta/main.yml", "meta/argument_specs.yml"]
+    assert [name for name in wanted if not (ROOT / "roles" / role / name).is_file()] == []
+
+
+@pytest.mark.parametrize("role", sorted(set(ROLES) - NOT_STAGED))
+def test_main_is_a_table_of_contents_with_the_stages_in_order(role: str) -> None:
+    path = ROOT / "roles" / role / "tasks" / "main.yml"
+    lines = [
+        line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith(("#", "---"))
+    ]
+    assert len(lines) <= 10
+    included = [
+        str(task.get("ansible.builtin.include_tasks") or task.get("ansible.builtin.import_tasks")).removesuffix(".yml")
+        for task in load(path)
+    ]
+    assert [stage for stage in included if stage not in STAGES] == []
+    assert included == sorted(included, key=STAGES.index)
+    assert included[0] == "preflight"
+    assert included[-1] == "verify"
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_task_files_are_short(role: str) -> None:
+    sizes = {path.name: len(path.read_text().splitlines()) for path in role_files(role, "tasks/**/*.yml")}
+    assert {name: size for name, size in sizes.items() if size >= 150} == {}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_task_names_say_which_file_they_are_in(role: str) -> None:
+    wrong = []
+    for path in role_files(role, "tasks/**/*.yml"):
+        for task in tasks(load(path)):
+            name = str(task.get("name", ""))
+            # ansible-lint wants no prefix in main.yml, and one everywhere else.
+            good = bool(name) and " | " not in name if path.stem == "main" else f"{path.stem} | " in name
+            if not good and not (set(task) & {"block"} and "name" not in task):
+                wrong.append(f"{path.name}: {name!r}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_defaults_and_argument_specs_agree(role: str) -> None:
+    defaults = load(ROOT / "roles" / role / "defaults" / "main.yml") or {}
+    options = load(ROOT / "roles" / role / "meta" / "argument_specs.yml")["argument_specs"]["main"].get("options", {})
+    required = {name for name, option in options.items() if option.get("required")}
+    assert set(options) - required - set(defaults) == set(), "in the specs, not in the defaults"
+    assert set(defaults) - set(options) == set(), "in the defaults, not in the specs"
+    assert {
+        name: (option.get("default"), defaults[name])
+        for name, option in options.items()
+        if name in defaults and option.get("default") != defaults[name]
+    } == {}, "default in the specs, default in defaults/main.yml"
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_option_has_a_type_and_a_description(role: str) -> None:
+    def bare(options: dict[str, Any], above: str = "") -> Iterator[str]:
+        for name, option in options.items():
+            if not option.get("description") or "type" not in option:
+                yield above + name
+            if option.get("type") == "list" and "elements" not in option:
+                yield f"{above}{name} (elements)"
+            yield from bare(option.get("options", {}), f"{above}{name}.")
+
+    spec = load(ROOT / "roles" / role / "meta" / "argument_specs.yml")["argument_specs"]["main"]
+    assert list(bare(spec.get("options", {}))) == []
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_public_names_begin_with_the_role_and_internal_ones_with_underscores(role: str) -> None:
+    shared = {"vllm_group", "gateway_group", "fleet_address"}
+    defaults = set(load(ROOT / "roles" / role / "defaults" / "main.yml") or {})
+    assert {name for name in defaults - shared if not name.startswith(f"{role}_")} == set()
+    internal = {name for path in role_files(role, "vars/*.yml") for name in load(path) or {}}
+    assert {name for name in internal if not name.startswith(f"__{role}_")} == set()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_default_has_a_comment_before_it(role: str) -> None:
+    text = (ROOT / "roles" / role / "defaults" / "main.yml").read_text()
+    bare: list[str] = []
+    block_commented = False
+    for line in text.splitlines():
+        if not line.strip() or line.startswith("---"):
+            block_commented = False
+        elif line.startswith("#"):
+            block_commented = True
+        elif re.match(r"\w", line) and not block_commented and " #" not in line:
+            bare.append(line)
+    assert bare == []
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_no_injected_facts_and_no_unquoted_modes(role: str) -> None:
+    wrong = []
+    for path in role_files(role, "*/**/*.yml", "templates/**/*"):
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+            if line.lstrip().startswith("#"):
+                continue
+            if INJECTED.search(line) or (path.suffix == ".yml" and re.search(r"\bmode:\s*[0-9u=]", line)):
+                wrong.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_role_has_a_scenario(role: str) -> None:
+    assert role in SCENARIOS
+
+
+# --- playbooks and inventories --------------------------------------------------------------------------------------
+
+
+def test_playbooks_name_roles_by_fqcn_with_a_tag_of_their_name() -> None:
+    wrong = []
+    for path in sorted((ROOT / "playbooks").glob("*.yml")):
+        for play in load(path):
+            for role in play.get("roles", []):
+                namespace, collection, name = role["role"].split(".")
+                if (namespace, collection) != ("gpufleet", "llm") or name not in role.get("tags", []):
+                    wrong.append(f"{path.name}: {role}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("inventory", ["demo", "prod"])
+def test_inventories_link_the_shared_variables_in(inventory: str) -> None:
+    link = ROOT / "inventories" / inventory / "group_vars" / "all" / "00-shared.yml"
+    assert link.is_symlink()
+    assert not link.readlink().is_absolute()
+    assert link.resolve() == ROOT / "group_vars" / "all" / "shared.yml"
+
+
+def test_plays_and_roles_have_the_same_default_groups() -> None:
+    shared = load(ROOT / "group_vars" / "all" / "shared.yml")
+    assert (shared["vllm_group"], shared["gateway_group"]) == ("vllm", "gateway")
+    for path in sorted((ROOT / "playbooks").glob("*.yml")):
+        for group, name in re.findall(r"(\w+_group) \| default\('(\w+)'\)", path.read_text()):
+            assert shared[group] == name, path.name
+
+
+def test_shipped_configuration_is_safe_and_fast() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "ansible.cfg")
+    assert "host_key_checking" not in config["defaults"]
+    assert config["defaults"]["inject_facts_as_vars"] == "false"
+    assert config["connection"]["pipelining"] == "true"
+
+
+# --- scenarios ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_scenario_has_a_role_a_host_group_and_tests(scenario: str) -> None:
+    assert scenario in ROLES
+    assert (ROOT / "molecule" / scenario / "molecule.yml").is_file()
+    groups = load(ROOT / "molecule" / "shared" / "inventory" / "hosts.yml")["all"]["children"]
+    assert groups.get(scenario, {}).get("hosts"), "no hosts in molecule/shared/inventory/hosts.yml"
+    assert run.test_functions(scenario), "no test function"
+
+
+def test_a_scenario_without_a_test_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    (tmp_path / "molecule" / "empty" / "tests").mkdir(parents=True)
+    (tmp_path / "molecule" / "empty" / "molecule.yml").touch()
+    (tmp_path / "molecule" / "empty" / "tests" / "test_empty.py").write_text("def helper() -> None: ...\n")
+    (job,) = run.molecule_jobs(["empty"])
+    done = subprocess.run(list(job.command), capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "no test function" in done.stdout
+
+
+# --- the runner -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("log", "code", "expected"),
+    [
+        ("===== 12 passed in 1.00s =====\n", 0, ("ok", 12, 0)),
+        ("===== 1 failed, 2 passed, 1 error in 1.00s =====\n", 1, ("failed", 2, 2)),
+        ("== 3 passed in 1s ==\nthe destroy step fell over\n", 1, ("failed", 3, 1)),
+        ("nothing was collected\n", 0, ("no tests", 0, 1)),
+        ("===== no tests ran in 0.01s =====\n", 5, ("failed", 0, 1)),
+    ],
+)
+def test_the_runner_counts_what_pytest_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: str, code: int, expected: tuple[str, int, int]
+) -> None:
+    monkeypatch.setattr(run, "LOGS", tmp_path)
+    job = run.Job("some job", [], pytest=True)
+    job.log.write_text(log)
+    job.count(code)
+    assert (job.status, job.passed, job.failed) == expected
+
+
+# --- versions, dependencies and documents ---------------------------------------------------------------------------
+
+
+def test_collections_are_those_of_the_ansible_package() -> None:
+    bundled = Path(ansible.__path__[0]).parent / "ansible_collections"
+    required = {entry["name"]: entry["version"] for entry in load(ROOT / "requirements.yml")["collections"]}
+    brought = {
+        name: json.loads((bundled / name.replace(".", "/") / "MANIFEST.json").read_text())["collection_info"]["version"]
+        for name in required
+    }
+    assert required == brought
+    assert set(load(ROOT / "galaxy.yml")["dependencies"]) <= set(required)
+
+
+def test_one_version_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert load(ROOT / "galaxy.yml")["version"] == project["version"]
+
+
+def test_the_uv_of_the_controller_is_the_uv_of_the_hosts() -> None:
+    pinned = (ROOT / "tools" / "uv.txt").read_text()
+    defaults = load(ROOT / "roles" / "uv" / "defaults" / "main.yml")
+    assert f"uv=={defaults['uv_version']} " in pinned
+    assert [cpu for cpu, digest in defaults["uv_sha256"].items() if f"sha256:{digest}" not in pinned] == []
+
+
+def test_generated_documents_are_up_to_date() -> None:
+    assert load_module(ROOT / "tools" / "docs.py").stale() == [], "make docs"
+
+
+def make_targets() -> list[str]:
+    """The targets that `make help` lists."""
+    done = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return re.findall(r"^  make ([a-z0-9-]+)", done.stdout, re.MULTILINE)
+
+
+def test_the_readme_names_every_make_target_and_no_other() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"`make ([a-z0-9-]+)", readme)) | {"help"} == set(make_targets()) | {"help"}
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", *[f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")]]
+)
+def test_links_in_documents_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", path.read_text())
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_python_of_the_plugins_runs_on_the_oldest_host() -> None:
+    # Ubuntu 22.04 has Python 3.10: tomllib and the like are not there, which ruff's target version does not notice.
+    newer = re.compile(r"^\s*(from|import) (tomllib|asyncio\.taskgroups)\b", re.MULTILINE)
+    assert [path.name for path in (ROOT / "plugins").rglob("*.py") if newer.search(path.read_text())] == []
+    assert sys.version_info >= (3, 11)
+
+
+def test_verify_assumes_what_the_roles_default_to() -> None:
+    text = (ROOT / "playbooks" / "verify.yml").read_text()
+    defaults = {
+        **load(ROOT / "roles" / "gateway" / "defaults" / "main.yml"),
+        **load(ROOT / "roles" / "tls_certificate" / "defaults" / "main.yml"),
+    }
+    for name, value in re.findall(r"((?:gateway|tls_certificate)_\w+) \| default\('?([^'()\[\]]+)'?\)", text):
+        assert name == "gateway_group" or str(defaults[name]) == value, name
+
+
+def test_secrets_in_inventories_are_encrypted() -> None:
+    vaults = [path for path in (ROOT / "inventories").rglob("*vault*") if path.suffix in (".yml", ".yaml")]
+    assert [str(path) for path in vaults if not path.read_text().startswith("$ANSIBLE_VAULT;")] == []
+    example = load(ROOT / "inventories" / "prod" / "group_vars" / "all" / "vault.yml.example")
+    used = re.findall(
+        r"vault_\w+", "".join(path.read_text() for path in (ROOT / "inventories" / "prod").rglob("*.yml"))
+    )
+    assert set(example) == set(used)
+    assert set(example.values()) == {""}
