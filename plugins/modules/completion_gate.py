@@ -152,7 +152,7 @@ class Gate:
     def unit_state(self, unit: str) -> dict[str, str]:
         """State and number of restarts of a unit."""
         _status, output, _error = self.module.run_command(
-            ["systemctl", "show", unit, "--property=ActiveState,NRestarts,Result"]
+            ["systemctl", "show", unit, "--property=ActiveState,NRestarts,Result,Job"]
         )
         return dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
 
@@ -168,9 +168,17 @@ class Gate:
         """Ask one instance until it answers, its unit dies, or the deadline is over."""
         begun = time.monotonic()
         unit = instance.get("unit")
-        restarts = self.unit_state(unit).get("NRestarts", "0") if unit else "0"
+        restarts = ""
         reason = "it was never asked"
         while True:
+            if unit and not restarts:
+                state = self.unit_state(unit)
+                # While a restart is queued the old process still answers, then the unit is inactive for a moment, and its
+                # count of restarts begins anew: none of this says anything about what comes.
+                if int(state.get("Job") or 0) and time.monotonic() + PAUSE_SECONDS < self.deadline:
+                    time.sleep(PAUSE_SECONDS)
+                    continue
+                restarts = state.get("NRestarts", "0")
             left = self.deadline - time.monotonic()
             reason = ask(
                 instance, self.module.params["api_key"], max(1.0, min(left, self.module.params["request_timeout"]))

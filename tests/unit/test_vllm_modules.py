@@ -130,6 +130,28 @@ def test_a_closed_port_does_not_pass() -> None:
     assert "refused" in completion_gate.ask(instance(f"http://127.0.0.1:{port}"), "k", 1)
 
 
+def test_a_queued_restart_is_waited_for(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meanwhile the old process answers, the unit is inactive for a moment, and its count of restarts begins anew."""
+    asked: list[int] = []
+    states = [
+        {"Job": "7", "ActiveState": "deactivating", "NRestarts": "3"},
+        {"Job": "7", "ActiveState": "inactive", "NRestarts": "3", "Result": "success"},
+        {"ActiveState": "active", "NRestarts": "0"},
+    ]
+
+    def answer(_body: dict[str, Any], _key: str) -> tuple[int, str]:
+        asked.append(len(states))
+        return 200, '{"choices": [{"text": "x"}]}'
+
+    upstream.answer = staticmethod(answer)
+    module = FakeModule(Path("/nowhere"), timeout=30, request_timeout=5, api_key="k")
+    gate = completion_gate.Gate(module)
+    monkeypatch.setattr(completion_gate, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(gate, "unit_state", lambda _unit: states.pop(0) if len(states) > 1 else states[0])
+    assert gate.wait(instance(upstream.url, unit="vllm@chat.service")).get("seconds") is not None
+    assert asked == [1]
+
+
 class FakeModule:
     """Stands in for AnsibleModule: records commands instead of running systemctl."""
 
