@@ -21,7 +21,8 @@ options:
       - V(prepared) writes the wanted generation of each instance where it differs from the current one, and restarts nothing.
       - V(activated) moves the link to the newest generation and restarts the instance.
       - V(confirmed) marks the current generation as good and removes old generations and releases.
-      - V(reverted) goes back to the last confirmed generation and restarts the instance, or stops it when there is none.
+      - V(reverted) goes back to the last confirmed generation and restarts the instance, or stops it when there is none. An instance
+        whose current generation is confirmed keeps it; what is wrong is not its configuration, and systemd goes on trying.
       - V(absent) stops the instances and removes their generations.
     type: str
     choices: [prepared, activated, confirmed, reverted, absent]
@@ -89,8 +90,8 @@ obsolete:
   returned: when state is prepared
   type: list
   elements: str
-reverted:
-  description: Name of the instance to whether it went back to a confirmed generation (else it is stopped).
+outcomes:
+  description: Name of the instance to V(reverted), V(kept) or V(stopped).
   returned: when state is reverted
   type: dict
 gates:
@@ -180,6 +181,12 @@ class Instance:
         partial.rename(self.path / str(number))
         return number
 
+    def drop_after(self, number: int | None) -> None:
+        """Remove generations that a run wrote and died before it switched to them: the newest one has to be the wanted one."""
+        for newer in self.numbers():
+            if number is not None and newer > number:
+                shutil.rmtree(self.path / str(newer))
+
     def point_to(self, number: int) -> None:
         """Move the link, written aside and renamed."""
         aside = self.path / ".current.new"
@@ -249,6 +256,8 @@ def prepared(module: AnsibleModule) -> dict[str, Any]:
         before = instance.content(current)
         newest = max(instance.numbers(), default=None)
         if before == content:
+            if not module.check_mode:
+                instance.drop_after(current)
             if current not in instance.confirmed() or instance.running() != current:
                 pending.append(instance.name)
                 changed = True
@@ -281,20 +290,22 @@ def activated(instance: Instance) -> None:
     instance.restart()
 
 
-def reverted(instance: Instance) -> bool:
-    """Go back, and say whether there was anything to go back to."""
+def reverted(instance: Instance) -> str:
+    """Go back to what answered last, and say what that was."""
     failed = instance.current()
-    good = [number for number in instance.confirmed() if number != failed]
-    if not good:
+    good = instance.confirmed()
+    if failed in good:
+        return "kept"
+    if good:
+        instance.point_to(good[-1])
+        instance.restart()
+    else:
         instance.systemctl("disable", "--quiet")
         instance.systemctl("stop")
         instance.link.unlink(missing_ok=True)
-    else:
-        instance.point_to(good[-1])
-        instance.restart()
     if failed is not None:
         shutil.rmtree(instance.path / str(failed))
-    return bool(good)
+    return "reverted" if good else "stopped"
 
 
 def confirmed(module: AnsibleModule, instances: list[Instance]) -> bool:
@@ -361,8 +372,9 @@ def main() -> None:
     elif state == "confirmed":
         result["changed"] = confirmed(module, instances)
     elif state == "reverted":
-        result["reverted"] = {instance.name: reverted(instance) for instance in instances}
-        back = [instance for instance in instances if result["reverted"][instance.name]]
+        result["outcomes"] = {instance.name: reverted(instance) for instance in instances}
+        back = [instance for instance in instances if result["outcomes"][instance.name] == "reverted"]
+        result["changed"] = any(outcome != "kept" for outcome in result["outcomes"].values())
         result["gates"] = [json.loads((instance.link / "gate.json").read_text()) for instance in back]
     else:
         for instance in instances:

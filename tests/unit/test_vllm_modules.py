@@ -249,14 +249,36 @@ def test_going_back_goes_to_the_last_that_answered(tmp_path: Path, runtime: Path
     switch(tmp_path, runtime)
     prepare(tmp_path, length=2)
     chat = switch(tmp_path, runtime, confirm=False)
-    assert vllm_generation.reverted(chat)
+    assert vllm_generation.reverted(chat) == "reverted"
     assert (chat.current(), chat.numbers()) == (1, [1])
+
+
+def test_a_generation_that_answered_once_is_never_taken_for_the_failed_one(tmp_path: Path, runtime: Path) -> None:
+    """Somebody stopped the instance, the run starts it again, and it does not answer: its configuration is not to blame."""
+    for length in (1, 2):
+        prepare(tmp_path, length=length)
+        chat = switch(tmp_path, runtime)
+    runtime.unlink()
+    assert prepare(tmp_path, length=2)["pending"] == ["chat"]
+    chat = switch(tmp_path, runtime, confirm=False)
+    assert vllm_generation.reverted(chat) == "kept"
+    assert (chat.current(), chat.numbers()) == (2, [1, 2])
+    assert chat.module.commands[-1] == "systemctl restart --no-block vllm@chat.service"
+
+
+def test_what_a_dead_run_left_is_not_switched_to_when_nobody_wants_it_any_more(tmp_path: Path, runtime: Path) -> None:
+    prepare(tmp_path)
+    switch(tmp_path, runtime)
+    prepare(tmp_path, length=2)  # and the run dies, and the change is taken back
+    runtime.unlink()
+    assert prepare(tmp_path)["pending"] == ["chat"]
+    assert switch(tmp_path, runtime).current() == 1
 
 
 def test_with_nothing_to_go_back_to_the_instance_is_stopped(tmp_path: Path, runtime: Path) -> None:
     prepare(tmp_path)
     chat = switch(tmp_path, runtime, confirm=False)
-    assert not vllm_generation.reverted(chat)
+    assert vllm_generation.reverted(chat) == "stopped"
     assert chat.current() is None
     assert chat.module.commands[-1] == "systemctl stop vllm@chat.service"
 
