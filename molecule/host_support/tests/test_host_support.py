@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Iterator
 
 import pytest
 from testinfra.host import Host
 
-from tests.roles import applied, refused
+from tests.roles import ROOT, applied, host_name, refused
 
 
 def test_a_supported_host_passes(host: Host) -> None:
@@ -39,3 +41,17 @@ def test_an_unknown_release_is_refused_by_name(host: Host) -> None:
 @pytest.mark.usefixtures("unknown_release")
 def test_an_unknown_release_passes_when_asked_to(host: Host) -> None:
     applied(host, "host_support", host_support_allow_unsupported=True)
+
+
+def test_packages_are_installed_where_a_fresh_image_has_no_lists(host: Host) -> None:
+    """The directory of the lists is new and empty: its date must not pass for that of lists."""
+    host.check_output("rm -rf /var/lib/apt/lists && mkdir -p /var/lib/apt/lists/partial && apt-get purge -qq -y jq")
+    subprocess.run(
+        [
+            "ansible", host_name(host), f"--inventory={ROOT}/molecule/shared/inventory/",
+            "--module-name=ansible.builtin.include_role", "--args=name=gpufleet.llm.host_support tasks_from=packages",
+            f"--extra-vars={json.dumps({'host_support_packages': ['jq']})}",
+        ],
+        cwd=ROOT, check=True,
+    )  # fmt: skip
+    assert host.exists("jq")

@@ -14,42 +14,21 @@ from pathlib import Path
 import pytest
 from testinfra.host import Host
 
-ROOT = os.environ["MOLECULE_PROJECT_DIRECTORY"]
-# Molecule asks for colours, which would stand between the words that are looked for.
-PLAIN = {**os.environ, "ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_NOCOLOR": "1"}
+from tests.roles import ROOT, applied, changed, environment, refused, role_command
+
 FIRST, SECOND = "a" * 40, "b" * 40
 GOOD, BAD = "hf_goodgoodgood", "hf_badbadbad"
 STORE = "/srv/models"
 
 
-def command(host: Host, variables: dict[str, object]) -> list[str]:
-    return [
-        "ansible",
-        host.backend.hostname.removeprefix("docker://"),
-        f"--inventory={ROOT}/molecule/shared/inventory/",
-        "--module-name=ansible.builtin.include_role",
-        "--args=name=gpufleet.llm.model_store",
-        f"--extra-vars={json.dumps(variables)}",
-    ]
+def store(host: Host, models: list[dict[str, object]], **variables: object) -> str:
+    """Apply the role with these models."""
+    return applied(host, "model_store", model_store_models=models, **variables)
 
 
-def apply(host: Host, models: list[dict[str, object]], **variables: object) -> subprocess.CompletedProcess[str]:
-    """Apply the role to the host under test with these models, in a run of its own."""
-    wanted = command(host, {"model_store_models": models, **variables})
-    return subprocess.run(wanted, cwd=ROOT, env=PLAIN, text=True, capture_output=True, check=False)
-
-
-def applied(host: Host, models: list[dict[str, object]], **variables: object) -> str:
-    done = apply(host, models, **variables)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def refused(host: Host, models: list[dict[str, object]], **variables: object) -> str:
-    """Expect a refusal and return what Ansible printed, its line breaks undone."""
-    done = apply(host, models, **variables)
-    assert done.returncode != 0, done.stdout
-    return " ".join((done.stdout + done.stderr).split())
+def refuse(host: Host, models: list[dict[str, object]], **variables: object) -> str:
+    """Apply the role with these models, and expect a refusal."""
+    return refused(host, "model_store", model_store_models=models, **variables)
 
 
 def hub(name: str, repository: str = "acme/tiny", revision: str = FIRST) -> dict[str, object]:
@@ -98,8 +77,8 @@ def test_the_user_cannot_log_in(host: Host) -> None:
 
 def test_a_second_run_asks_no_hub_and_changes_nothing(host: Host) -> None:
     mounted: dict[str, object] = {"name": "tiny-mounted", "source": "path", "path": "/srv/mounted/tiny"}
-    said = applied(host, [hub("tiny-hub"), mounted])
-    assert "CHANGED" not in said
+    said = store(host, [hub("tiny-hub"), mounted])
+    assert not changed(said)
     assert asked(host) == []
 
 
@@ -132,7 +111,7 @@ def test_what_cannot_be_had_is_told_apart_before_any_download(host: Host, token:
         hub(f"bad{number}", repository, "c" * 40 if token == GOOD and repository == "acme/tiny" else FIRST)
         for number, repository in enumerate(models)
     ]
-    said = refused(host, wanted, model_store_hf_token=token)
+    said = refuse(host, wanted, model_store_hf_token=token)
     for message in models.values():
         assert message in said
     assert not [line for line in asked(host) if line.startswith("GET /acme/")], "a file was downloaded"
@@ -140,7 +119,7 @@ def test_what_cannot_be_had_is_told_apart_before_any_download(host: Host, token:
 
 
 def test_a_good_token_opens_what_is_private_and_stays_secret(host: Host) -> None:
-    said = applied(host, [hub("private", "acme/secret")], model_store_hf_token=GOOD)
+    said = store(host, [hub("private", "acme/secret")], model_store_hf_token=GOOD)
     assert "GET /api/whoami-v2 -" in asked(host)
     assert host.file(f"{STORE}/private/config.json").exists
     assert GOOD not in said
@@ -150,20 +129,20 @@ def test_a_good_token_opens_what_is_private_and_stays_secret(host: Host) -> None
 
 def test_a_damaged_file_is_refused_and_fetched_anew(host: Host) -> None:
     mode(host, "corrupt")
-    said = refused(host, [hub("damaged")])
+    said = refuse(host, [hub("damaged")])
     assert "model.safetensors is not what the hub says: expected 8000000 bytes" in said
     assert not host.file(f"{STORE}/damaged").exists
     assert host.run(f"ls {STORE}/.revisions").stdout.count("damaged") == 0
     mode(host, "well-behaved")
     host.check_output("rm /srv/hub/log")
-    applied(host, [hub("damaged")])
+    store(host, [hub("damaged")])
     assert host.file(f"{STORE}/damaged/config.json").exists
     assert not [line for line in asked(host) if "GET /acme/tiny" in line and "config.json" in line], "fetched twice"
 
 
 def test_a_connection_that_is_cut_is_taken_up_again(host: Host) -> None:
     mode(host, "cut")
-    applied(host, [hub("cut")])
+    store(host, [hub("cut")])
     ranges = [line.rsplit(" ", 1)[1] for line in asked(host) if line.startswith("GET") and "safetensors" in line]
     assert ranges[0] == "-"
     assert ranges[-1].startswith("bytes=")
@@ -188,9 +167,14 @@ def test_a_killed_playbook_loses_nothing_and_the_token_shows_nowhere(host: Host,
     }
     secret = tmp_path / "vars.json"
     secret.write_text(json.dumps(wanted))
-    playbook = [*command(host, {})[:-1], f"--extra-vars=@{secret}"]
+    playbook = role_command(host, "model_store", f"--extra-vars=@{secret}")
     killed = subprocess.Popen(
-        playbook, cwd=ROOT, env=PLAIN, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        playbook,
+        cwd=ROOT,
+        env=environment("model_store"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     wait_for_download(host)
     # while it runs, the token is in no command line, unit or environment that others may see
@@ -206,7 +190,9 @@ def test_a_killed_playbook_loses_nothing_and_the_token_shows_nowhere(host: Host,
     assert host.check_output("systemctl is-active model-download-slow") == "active"
     assert not host.file(f"{STORE}/slow").exists
 
-    again = subprocess.Popen(playbook, cwd=ROOT, env=PLAIN, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    again = subprocess.Popen(
+        playbook, cwd=ROOT, env=environment("model_store"), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     assert again.stdout
     said = ""
     for line in again.stdout:
@@ -224,8 +210,8 @@ def test_a_killed_playbook_loses_nothing_and_the_token_shows_nowhere(host: Host,
 def test_a_download_that_was_stopped_goes_on_where_it_was(host: Host) -> None:
     mode(host, "slow")
     running = subprocess.Popen(
-        command(host, {"model_store_models": [hub("stopped")]}),
-        cwd=ROOT, env=PLAIN, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        role_command(host, "model_store", model_store_models=[hub("stopped")]),
+        cwd=ROOT, env=environment("model_store"), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     wait_for_download(host)
     for _ in range(60):  # what arrived is written in pieces of a megabyte
@@ -238,7 +224,7 @@ def test_a_download_that_was_stopped_goes_on_where_it_was(host: Host) -> None:
     assert "model-download-stopped stopped by itself. Its last lines:" in said
     mode(host, "well-behaved")
     host.check_output("rm /srv/hub/log")
-    applied(host, [hub("stopped")])
+    store(host, [hub("stopped")])
     ranges = [line.rsplit(" ", 1)[1] for line in asked(host) if line.startswith("GET") and "safetensors" in line]
     assert len(ranges) == 1
     assert ranges[0].startswith("bytes=")
@@ -246,21 +232,21 @@ def test_a_download_that_was_stopped_goes_on_where_it_was(host: Host) -> None:
 
 
 def test_a_new_revision_takes_the_name_and_the_previous_one_stays(host: Host) -> None:
-    applied(host, [hub("moving")])
+    store(host, [hub("moving")])
     before = host.check_output(f"readlink -f {STORE}/moving")
-    said = applied(host, [hub("moving", revision=SECOND)])
-    assert "CHANGED" in said
+    said = store(host, [hub("moving", revision=SECOND)])
+    assert changed(said)
     after = host.check_output(f"readlink -f {STORE}/moving")
     assert after.endswith(f"moving-{SECOND[:12]}")
     assert host.file(f"{before}/model.safetensors").exists
     # and back, without the hub
     host.check_output("rm /srv/hub/log")
-    applied(host, [hub("moving")])
+    store(host, [hub("moving")])
     assert host.check_output(f"readlink -f {STORE}/moving") == before
     assert asked(host) == []
     # a file that lost bytes on the disk is noticed, and fetched again
     host.check_output(f"truncate --size=-1 {STORE}/moving/model.safetensors")
-    applied(host, [hub("moving")])
+    store(host, [hub("moving")])
     assert host.file(f"{STORE}/moving/model.safetensors").size == 8_000_000
 
 
@@ -269,23 +255,23 @@ def test_revisions_of_a_copied_model_come_and_go(host: Host, tmp_path: Path) -> 
     for number in range(3):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "tiny", "number": number}))
         model: dict[str, object] = {"name": "grown", "source": "path", "path": str(tmp_path), "copy": True}
-        applied(host, [model])
+        store(host, [model])
         directories.append(host.check_output(f"readlink -f {STORE}/grown"))
         assert json.loads(host.file(f"{STORE}/grown/config.json").content_string)["number"] == number
     assert [host.file(directory).exists for directory in directories] == [False, True, True]
-    assert "CHANGED" not in applied(host, [model])
+    assert not changed(store(host, [model]))
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_download(host: Host, tmp_path: Path) -> None:
     host.check_output("mkdir -p /srv/small && mount -t tmpfs -o size=4m tmpfs /srv/small")
     try:
-        said = refused(host, [hub("large")], model_store_path="/srv/small")
+        said = refuse(host, [hub("large")], model_store_path="/srv/small")
         assert "acme/tiny needs 0.0 GB more, but /srv/small has 0.0 GB free" in said
         assert not [line for line in asked(host) if line.startswith("GET /acme/")]
         (tmp_path / "config.json").write_text("{}")
         (tmp_path / "model.safetensors").write_bytes(bytes(5_000_000))
         copied: dict[str, object] = {"name": "large", "source": "path", "path": str(tmp_path), "copy": True}
-        said = refused(host, [copied], model_store_path="/srv/small")
+        said = refuse(host, [copied], model_store_path="/srv/small")
         assert "large take 0.0 GB, but /srv/small has 0.0 GB free" in said
         assert "large" not in host.check_output("ls /srv/small")
     finally:
@@ -294,17 +280,17 @@ def test_a_disk_that_is_too_small_is_refused_before_the_download(host: Host, tmp
 
 def test_a_disk_that_is_not_mounted_is_named(host: Host) -> None:
     gone: dict[str, object] = {"name": "gone", "source": "path", "path": "/srv/nfs/gone"}
-    said = refused(host, [gone])
+    said = refuse(host, [gone])
     assert "gone: there is no /srv/nfs/gone/config.json on this host; is the disk mounted?" in said
 
 
 def test_what_makes_no_sense_is_refused_before_any_change(host: Host) -> None:
-    said = refused(host, [hub("twice", revision="main"), hub("twice")])
+    said = refuse(host, [hub("twice", revision="main"), hub("twice")])
     assert "the name `twice` is given 2 times" in said
     assert "twice: revision is `main`; it takes the 40 hexadecimal digits of a commit" in said
     assert asked(host) == []
 
 
 def test_a_branch_passes_when_asked_to(host: Host) -> None:
-    applied(host, [hub("branch", revision="main")], model_store_allow_moving_revisions=True)
+    store(host, [hub("branch", revision="main")], model_store_allow_moving_revisions=True)
     assert json.loads(host.file(f"{STORE}/branch/.model.json").content_string)["commit"] == FIRST

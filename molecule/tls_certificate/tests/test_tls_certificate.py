@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,21 +12,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from testinfra.host import Host
 
-ROOT = os.environ["MOLECULE_PROJECT_DIRECTORY"]
+from tests.roles import applied, refused
+
 DIRECTORY = "/etc/ssl/vllm-fleet"
 Pair = tuple[str, str]
-
-
-def apply(host: Host, **variables: object) -> subprocess.CompletedProcess[str]:
-    """Apply the role again with other variables."""
-    name = host.backend.hostname.removeprefix("docker://")
-    return subprocess.run(
-        [
-            "ansible-playbook", "molecule/shared/converge.yml", f"--inventory={ROOT}/molecule/shared/inventory/",
-            f"--limit={name}", "--diff", "--extra-vars", json.dumps(variables),
-        ],
-        cwd=ROOT, text=True, capture_output=True, check=False, env={**os.environ, "MOLECULE_SCENARIO_NAME": "tls_certificate"},
-    )  # fmt: skip
 
 
 def certificate(host: Host, name: str = "fullchain.pem") -> x509.Certificate:
@@ -70,8 +56,7 @@ def make_pair(days: int = 30, name: str = "given.test") -> Pair:
 def as_it_was(host: Host) -> Iterator[None]:
     """Whatever the test changes, the next one finds the scenario's certificate."""
     yield
-    done = apply(host)
-    assert done.returncode == 0, done.stdout
+    applied(host, "tls_certificate")
 
 
 def test_the_certificate_is_for_its_names_and_a_client_accepts_it(host: Host) -> None:
@@ -111,15 +96,14 @@ def test_two_runs_reloaded_once(host: Host) -> None:
 @pytest.mark.usefixtures("as_it_was")
 def test_new_names_are_a_new_certificate_of_the_same_authority(host: Host) -> None:
     before, authority, reloaded = certificate(host), certificate(host, "ca.pem"), reloads(host)
-    done = apply(host, tls_certificate_names=["new.test"], tls_certificate_valid_days=90)
-    assert done.returncode == 0, done.stdout
+    applied(host, "tls_certificate", tls_certificate_names=["new.test"], tls_certificate_valid_days=90)
     assert names(host) == {"new.test"}
     assert certificate(host).serial_number != before.serial_number
     assert certificate(host, "ca.pem") == authority
     assert reloads(host) == reloaded + 1
     # 90 days are less than a third of 365: it is time to renew
     present = certificate(host)
-    assert apply(host, tls_certificate_names=["new.test"], tls_certificate_valid_days=365).returncode == 0
+    applied(host, "tls_certificate", tls_certificate_names=["new.test"], tls_certificate_valid_days=365)
     assert certificate(host).not_valid_after_utc > present.not_valid_after_utc + datetime.timedelta(days=270)
 
 
@@ -134,19 +118,17 @@ def given(pair: Pair, **more: object) -> dict[str, object]:
 @pytest.mark.usefixtures("as_it_was")
 def test_given_files_are_served_and_the_key_is_not_shown(host: Host, tmp_path: Path) -> None:
     pair, reloaded = make_pair(), reloads(host)
-    done = apply(host, **given(pair))
-    assert done.returncode == 0, done.stdout
+    told = applied(host, "tls_certificate", "--diff", **given(pair))
     assert names(host) == {"given.test"}
     assert host.file(f"{DIRECTORY}/privkey.pem").content_string.strip() == pair[1].strip()
-    assert pair[1].splitlines()[1] not in done.stdout + done.stderr
+    assert pair[1].splitlines()[1] not in told
     assert host.file(host.check_output(f"realpath {DIRECTORY}/privkey.pem")).mode == 0o600
     assert reloads(host) == reloaded + 1
     # the same by paths on the controller
     for name, text in zip(("certificate", "key"), pair, strict=True):
         (tmp_path / name).write_text(text)
     files = {f"tls_certificate_{name}_file": str(tmp_path / name) for name in ("certificate", "key")}
-    done = apply(host, tls_certificate_source="files", tls_certificate_names=["given.test"], **files)
-    assert done.returncode == 0, done.stdout
+    applied(host, "tls_certificate", tls_certificate_source="files", tls_certificate_names=["given.test"], **files)
     assert host.file(f"{DIRECTORY}/privkey.pem").content_string.strip() == pair[1].strip()
 
 
@@ -158,9 +140,7 @@ def test_a_pair_that_cannot_be_served_is_refused_before_anything_changes(host: H
         (given(good, tls_certificate_names=["given.test", "more.test"]), "does not cover more.test"),
         (given((good[0], "")), "tls_certificate_key"),
     ):
-        done = apply(host, **variables)
-        output = " ".join((done.stdout + done.stderr).split())
-        assert done.returncode != 0
+        output = refused(host, "tls_certificate", "--diff", **variables)
         assert "changed=0" in output
         assert message in output
         assert (

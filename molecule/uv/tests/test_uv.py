@@ -3,41 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 from testinfra.host import Host
 
-ROOT = os.environ["MOLECULE_PROJECT_DIRECTORY"]
-
-
-def apply(host: Host, *options: str, **variables: object) -> subprocess.CompletedProcess[str]:
-    """Apply the role to the host under test with extra variables, in a run of its own."""
-    name = host.backend.hostname.removeprefix("docker://")
-    return subprocess.run(
-        [
-            "ansible", name, f"--inventory={ROOT}/molecule/shared/inventory/",
-            "--module-name=ansible.builtin.include_role",
-            "--args=name=gpufleet.llm.uv", f"--extra-vars={json.dumps(variables)}", *options,
-        ],
-        cwd=ROOT, text=True, capture_output=True, check=False,
-    )  # fmt: skip
-
-
-def applied(host: Host, *options: str, **variables: object) -> str:
-    """Apply the role, expect success, and return what Ansible printed."""
-    done = apply(host, *options, **variables)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def refused(host: Host, **variables: object) -> str:
-    """Apply the role, expect a refusal, and return what Ansible printed, its line breaks undone."""
-    done = apply(host, **variables)
-    assert done.returncode != 0, done.stdout
-    return " ".join(done.stdout.split())
+from tests.roles import applied, changed, refused
 
 
 @pytest.fixture
@@ -45,7 +16,7 @@ def restored(host: Host) -> Iterator[None]:
     """Give the host back as the role leaves it."""
     yield
     host.check_output("rm -rf /opt/uv /usr/local/bin/python3* /srv/test")
-    applied(host)
+    applied(host, "uv")
 
 
 def test_uv_is_the_pinned_one(host: Host) -> None:
@@ -84,7 +55,7 @@ def test_uv_downloads_no_python_as_a_side_effect(host: Host) -> None:
 @pytest.mark.usefixtures("restored")
 def test_credentials_of_an_index_stay_secret(host: Host) -> None:
     index = "http://me:s3cret-in-url@127.0.0.1:9/simple"
-    assert "s3cret" not in applied(host, "--diff", "-vvv", uv_extra_index_urls=[index]).replace(
+    assert "s3cret" not in applied(host, "uv", "--diff", "-vvv", uv_extra_index_urls=[index]).replace(
         json.dumps(index), "(what the test itself passed)"
     )
     assert host.file("/etc/uv/uv.toml").mode == 0o600
@@ -96,7 +67,7 @@ def test_credentials_of_an_index_stay_secret(host: Host) -> None:
 def test_a_changed_index_is_shown_and_used(host: Host) -> None:
     """The index in a directory on the host: what an air-gapped site has. uv comes from it, and packages do."""
     host.check_output("mkdir -p /srv/test/simple/empty")
-    shown = applied(host, "--diff", uv_index_url="file:///srv/test/simple", uv_offline=True)
+    shown = applied(host, "uv", "--diff", uv_index_url="file:///srv/test/simple", uv_offline=True)
     assert '+url = "file:///srv/test/simple"' in shown
     said = host.run("uv pip install --dry-run --target /tmp/nothing iniconfig")
     assert said.rc != 0
@@ -118,13 +89,13 @@ def test_a_changed_index_is_shown_and_used(host: Host) -> None:
 def test_what_makes_no_sense_is_refused_before_any_change(
     host: Host, variables: dict[str, object], message: str
 ) -> None:
-    assert message in refused(host, **variables)
+    assert message in refused(host, "uv", **variables)
 
 
 def test_a_wrong_hash_and_a_missing_version_are_refused_by_name(host: Host) -> None:
     before = host.check_output("sha256sum /usr/local/bin/uv")
     wrong = {"x86_64": "0" * 64, "aarch64": "0" * 64}
-    assert f"expected sha256 {'0' * 64}, the index offers" in refused(host, uv_sha256=wrong)
+    assert f"expected sha256 {'0' * 64}, the index offers" in refused(host, "uv", uv_sha256=wrong)
     assert "version 99.0 of uv is not on the index; its newest are:" in refused(
         host, uv_version="99.0", uv_sha256=wrong
     )
@@ -157,15 +128,14 @@ def test_a_managed_python_comes_from_a_pinned_archive(host: Host, archive: tuple
         "uv_python": "managed", "uv_python_version": version, "uv_offline": True,
         "uv_python_archive_url": "file:///srv/test/python.tar.gz", "uv_python_archive_sha256": sha256,
     }  # fmt: skip
-    said = refused(host, **{**wanted, "uv_python_archive_sha256": "0" * 64})
+    said = refused(host, "uv", **{**wanted, "uv_python_archive_sha256": "0" * 64})
     assert f"expected sha256 {'0' * 64}, got {sha256}" in said
     assert host.check_output("ls -A /opt/uv/python") == ""
-    said = refused(host, **{**wanted, "uv_python_version": version + "9"})
+    said = refused(host, "uv", **{**wanted, "uv_python_version": version + "9"})
     assert f"is not Python {version}9: python" in said
 
-    assert "CHANGED" in applied(host, **wanted)
-    again = applied(host, **wanted)
-    assert "CHANGED" not in again
+    assert changed(applied(host, "uv", **wanted))
+    assert not changed(applied(host, "uv", **wanted))
     found = host.check_output("uv python find '>=3.11'")
     assert found.startswith(("/opt/uv/python/", "/usr/local/bin/python"))
     short = version.rpartition(".")[0]
@@ -205,7 +175,7 @@ def mirror(host: Host) -> Iterator[None]:
 @pytest.mark.usefixtures("restored", "mirror")
 def test_uv_asks_the_mirror_and_refuses_a_python_that_it_does_not_know(host: Host) -> None:
     """uv carries the hash of every archive: it asks the mirror, and refuses what the mirror has instead."""
-    said = refused(host, uv_python="managed", uv_python_mirror="http://127.0.0.1:8099/python")
+    said = refused(host, "uv", uv_python="managed", uv_python_mirror="http://127.0.0.1:8099/python")
     assert "uv could not install Python 3.12.16 from http://127.0.0.1:8099/python" in said
     assert "hash mismatch" in said.lower() or "checksum" in said.lower(), said
     asked = host.file("/srv/test/asked").content_string
