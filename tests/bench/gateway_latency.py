@@ -1,27 +1,34 @@
-"""What the gateway adds: the same streams through it and straight to vLLM, in turns, in one run.
+"""What the gateway adds: the same streams through it and straight to the backend, in turns, in one run.
 
-    python -m tests.bench.gateway_latency [--streams 1 32] [--rounds 40] [--tokens 16]
+    python -m tests.bench.gateway_latency [--streams 1 32] [--rounds 40] [--tokens 100] [--real-model]
 
-Uses the running demo fleet (`make demo`) and nothing else. Each round asks once straight and once through the gateway, in
-changing order, so that a slow moment of the machine hits both. On a CPU the model takes most of the time: what the gateway
-adds is the difference of the medians, and its resolution is the noise of the model. Connections are kept, as clients keep them.
+Uses the running demo fleet (`make demo`) and nothing else. On a CPU the model takes most of the time and of the processors, so
+that its noise hides the gateway: for the time of the measurement token_server.py takes the place of vLLM on demo-gpu1 and sends
+a token every 10 ms, as a GPU would (vLLM is started again at the end). `--real-model` asks vLLM itself.
+
+Each round asks once straight and once through the gateway, in changing order, so that a slow moment of the machine hits both.
+Connections are kept, as clients keep them.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import contextlib
 import http.client
 import itertools
 import json
 import ssl
 import statistics
+import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-DEMO = Path(__file__).resolve().parents[2] / ".demo"
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / ".demo"
 
 
 def stream(connection: http.client.HTTPConnection, key: str, body: dict[str, Any]) -> tuple[float, list[float]]:
@@ -35,33 +42,63 @@ def stream(connection: http.client.HTTPConnection, key: str, body: dict[str, Any
         if line.startswith(b"data: {"):
             moments.append(time.perf_counter())
     if response.status != http.client.OK or not moments:
-        raise SystemExit(f"HTTP {response.status}")
+        raise RuntimeError(f"HTTP {response.status}")
     return moments[0] - begun, [later - earlier for earlier, later in itertools.pairwise(moments)]
 
 
 def measure(
     connect: Callable[[], http.client.HTTPConnection], key: str, body: dict[str, Any], streams: int
 ) -> tuple[list[float], list[float]]:
-    """So many streams at the same time, each on a connection that is open already."""
+    """So many streams side by side, each on a connection that is open already; they begin 10 ms apart, as clients do not agree."""
     first: list[float] = []
     gaps: list[float] = []
+    failed: list[str] = []
     connections = [connect() for _ in range(streams)]
     for connection in connections:
         connection.connect()
 
     def one(connection: http.client.HTTPConnection) -> None:
-        begun, between = stream(connection, key, body)
+        try:
+            begun, between = stream(connection, key, body)
+        except (OSError, http.client.HTTPException, RuntimeError) as error:
+            failed.append(str(error))
+            return
         first.append(begun)
         gaps.extend(between)
 
     threads = [threading.Thread(target=one, args=(connection,)) for connection in connections]
     for thread in threads:
         thread.start()
+        time.sleep(0.01)
     for thread in threads:
         thread.join()
     for connection in connections:
         connection.close()
+    if failed:
+        raise SystemExit(f"{len(failed)} of {streams} streams failed: {failed[0]}")
     return first, gaps
+
+
+def on_worker(command: str) -> None:
+    """Run a shell command on demo-gpu1, the way Ansible reaches it."""
+    subprocess.run(
+        ["ansible", "demo-gpu1", "-i", "inventories/demo", "-b", "-m", "ansible.builtin.shell", "-a", command],
+        cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def token_server(address: str) -> Iterator[None]:
+    """Let token_server.py answer in place of vLLM."""
+    program = base64.b64encode((Path(__file__).parent / "token_server.py").read_bytes()).decode()
+    on_worker(f"echo {program} | base64 -d >/run/token_server.py && systemctl stop vllm@chat")
+    try:
+        on_worker(
+            f"systemd-run --quiet --unit=token-server /usr/bin/python3 /run/token_server.py {address} 8000; sleep 2"
+        )
+        yield
+    finally:
+        on_worker("systemctl stop token-server; systemctl start --no-block vllm@chat; rm /run/token_server.py")
 
 
 def percentile(values: list[float], percent: int) -> float:
@@ -74,7 +111,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--real-model", action="store_true")
     arguments = parser.parse_args()
     access = json.loads((DEMO / "access.json").read_text())
     internal_key = (DEMO / "internal_key").read_text()
@@ -90,26 +128,29 @@ def main() -> None:
             self.sock = context.wrap_socket(self.sock, server_hostname="localhost")
 
     ways: dict[str, tuple[Callable[[], http.client.HTTPConnection], str]] = {
-        "straight to vLLM": (lambda: http.client.HTTPConnection(worker, 8000, timeout=120), internal_key),
+        "straight": (lambda: http.client.HTTPConnection(worker, 8000, timeout=120), internal_key),
         "through the gateway": (lambda: Named(gateway, 443, timeout=120, context=context), access["api_key"]),
     }
     body = {
         "model": access["model"], "prompt": "Count: one, two,", "max_tokens": arguments.tokens, "ignore_eos": True,
         "stream": True, "temperature": 0,
     }  # fmt: skip
-    print(f"{'streams':>7}  {'way':<20}  {'TTFB p50':>9}  {'TTFB p99':>9}  {'token p50':>9}  {'token p99':>9}  (ms)")
-    for streams in arguments.streams:
-        found: dict[str, tuple[list[float], list[float]]] = {way: ([], []) for way in ways}
-        rounds = max(4, arguments.rounds // streams)
-        for number in range(rounds + 1):
-            for way in sorted(ways, reverse=bool(number % 2)):
-                first, gaps = measure(*ways[way], body, streams)
-                if number:  # the first round warms both ways up
-                    found[way][0].extend(first)
-                    found[way][1].extend(gaps)
-        for way, (first, gaps) in found.items():
-            figures = [percentile(first, 50), percentile(first, 99), percentile(gaps, 50), percentile(gaps, 99)]
-            print(f"{streams:>7}  {way:<20}  " + "  ".join(f"{figure:>9.2f}" for figure in figures))
+    with contextlib.nullcontext() if arguments.real_model else token_server(worker):
+        print(
+            f"{'streams':>7}  {'way':<20}  {'TTFB p50':>9}  {'TTFB p99':>9}  {'token p50':>9}  {'token p99':>9}  (ms)"
+        )
+        for streams in arguments.streams:
+            found: dict[str, tuple[list[float], list[float]]] = {way: ([], []) for way in ways}
+            rounds = max(10, arguments.rounds // streams)
+            for number in range(rounds + 1):
+                for way in sorted(ways, reverse=bool(number % 2)):
+                    first, gaps = measure(*ways[way], body, streams)
+                    if number:  # the first round warms both ways up
+                        found[way][0].extend(first)
+                        found[way][1].extend(gaps)
+            for way, (first, gaps) in found.items():
+                figures = [percentile(first, 50), percentile(first, 99), percentile(gaps, 50), percentile(gaps, 99)]
+                print(f"{streams:>7}  {way:<20}  " + "  ".join(f"{figure:>9.2f}" for figure in figures))
 
 
 if __name__ == "__main__":
