@@ -74,41 +74,93 @@ def gateway_client_problems(clients: Sequence[Mapping[str, Any]]) -> list[str]:
     problems = []
     names: list[str] = []
     owners: dict[str, str] = {}
-    for number, client in enumerate(clients, 1):
+    for number, client in enumerate(clients):
         name = str(client.get("name", ""))
         key = str(client.get("key", ""))
         if not CLIENT_NAME.fullmatch(name):
             problems.append(
-                f"Entry {number} has the name {name!r}; a name is 1 to 63 of a-z, 0-9 and -, and does not begin with -."
+                f"gateway_clients[{number}]: name is {name!r}; it must be 1 to 63 of a-z, 0-9 and -, and must not begin with -"
             )
-            name = f"entry {number}"
+            name = f"gateway_clients[{number}]"
         elif name in names:
-            problems.append(f"The name {name} is used twice.")
+            problems.append(f"gateway_clients: the name {name} is used twice; give each client a name of its own")
         names.append(name)
         if not CLIENT_KEY.fullmatch(key):
             problems.append(
-                f"The key of {name} is not at least 32 of a-z, 0-9, dot, _ and - in lower case; "
-                "make one with `openssl rand -hex 32`."
+                f"gateway_clients: the key of {name} is not at least 32 of a-z, 0-9, dot, _ and - in lower case; "
+                "make one with `openssl rand -hex 32`"
             )
         elif key in owners:
-            problems.append(f"{owners[key]} and {name} have the same key.")
+            problems.append(f"gateway_clients: {owners[key]} and {name} have the same key; give each client its own")
         owners.setdefault(key, name)
         for limit, least in (("requests_per_minute", 1), ("concurrent_requests", 1), ("burst", 0)):
-            value = client.get(limit)
-            if value is not None and int(value) < least:
-                problems.append(f"{limit} of {name} is {value}; it must be at least {least}.")
+            # what is no number is told by the argument spec
+            if (value := as_int(client.get(limit))) is not None and value < least:
+                problems.append(f"gateway_clients: {limit} of {name} is {value}; it must be at least {least}")
     return problems
 
 
-def host_name_problems(names: Sequence[str]) -> list[str]:
-    """What is wrong with a list of names that clients use for a server."""
+def as_int(value: Any) -> int | None:
+    """A number as Ansible would take it, or nothing."""
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def number_problems(numbers: Mapping[str, Any], least: int) -> list[str]:
+    """Variables whose number is below the least."""
+    return [
+        f"{name} is {value}; it must be at least {least}"
+        for name, value in numbers.items()
+        if (number := as_int(value)) is not None and number < least
+    ]
+
+
+def bind_address_problems(hostvars: fleet.HostVars, host: str, gateways: Sequence[str]) -> list[str]:
+    """Why it cannot be told where vLLM listens."""
+    try:
+        fleet.bind_address(hostvars, host, gateways)
+    except fleet.FleetError as error:
+        return [str(error)]
+    return []
+
+
+def gateway_route_problems(
+    hostvars: fleet.HostVars,
+    routes: Sequence[Mapping[str, Any]],
+    hosts: Sequence[str],
+    gateways: Sequence[str],
+    group: str,
+) -> list[str]:
+    """Routes that lead nowhere."""
+    problems = []
+    known = sorted({str(entry.get("name")) for host in hosts for entry in hostvars[host].get("vllm_instances") or []})
+    for number, route in enumerate(routes):
+        instance = str(route.get("instance"))
+        try:
+            found = fleet.backends(hostvars, instance, hosts, gateways)
+        except fleet.FleetError as error:
+            problems.append(f"gateway_routes[{number}]: {error}")
+            continue
+        if not found:
+            problems.append(
+                f"gateway_routes[{number}] names the instance {instance}, but no host of the group {group} has it in vllm_instances"
+                + (f"; there are {', '.join(known)}" if known else "; no host there has any")
+            )
+    return problems
+
+
+def host_name_problems(names: Sequence[str], variable: str) -> list[str]:
+    """What is wrong with a list of names that clients use for a server; `variable` is where they stand."""
     problems = [
-        f"{name!r} is neither a DNS name in lower case nor an IP address."
+        f"{variable} has {name!r}, which is neither a DNS name in lower case nor an IP address"
         for name in names
         if not fleet.is_dns_name(name) and not fleet.is_address(name)
     ]
     return problems + [
-        f"{name} is listed twice." for name in sorted({name for name in names if list(names).count(name) > 1})
+        f"{variable} lists {name} twice; name it once"
+        for name in sorted({name for name in names if list(names).count(name) > 1})
     ]
 
 
@@ -143,7 +195,10 @@ class FilterModule:
                 gateway_rate_groups,
                 gateway_concurrency_groups,
                 gateway_client_problems,
+                gateway_route_problems,
+                bind_address_problems,
                 host_name_problems,
+                number_problems,
                 subject_alt_names,
                 uncovered_names,
             )

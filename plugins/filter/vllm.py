@@ -15,6 +15,11 @@ def vllm_instance_problems(
     return vllm.instance_problems(instances, device, table, allow_shared_gpus)
 
 
+def vllm_model_problems(instances: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Instances whose model nobody puts into the model store."""
+    return vllm.model_problems(instances, [str(model.get("name")) for model in models])
+
+
 def vllm_generations(instances: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the host needs for each instance."""
     return [vllm.generation(instance, settings) for instance in instances]
@@ -25,4 +30,5 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Name -> function."""
-        return {"vllm_instance_problems": vllm_instance_problems, "vllm_generations": vllm_generations}
+        functions = (vllm_instance_problems, vllm_model_problems, vllm_generations)
+        return {function.__name__: function for function in functions}

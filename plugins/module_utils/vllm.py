@@ -12,8 +12,6 @@ INSTANCE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}", re.IGNORECASE)
 VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
 
-INSTANCE_KEYS = ("name", "model", "port", "gpus", "cpus", "options", "environment")
-
 # Options that older guides name -> what to write today. Read from the sources of vLLM 0.26, 0.32 and 0.33.
 RENAMED_OPTIONS = {
     "disable-log-requests": "nothing: requests are not logged unless enable-log-requests is true",
@@ -75,7 +73,8 @@ REFUSED_ENVIRONMENT = {
 def option_problems(options: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
     """Compare options with what `vllm serve` accepts.
 
-    `table` maps an option's long name to bool, int, float, list, any, or to its list of choices.
+    `table` maps an option's long name to bool, int, float, list, any, or to its list of choices. An empty one says that nobody
+    knows yet; the release itself is asked once it is built.
     Returns one sentence for each problem: the option, what is wrong, what would be right.
     """
     problems = []
@@ -85,7 +84,7 @@ def option_problems(options: Mapping[str, Any], table: Mapping[str, Any]) -> lis
         elif name in table:
             if wrong := value_problem(value, table[name]):
                 problems.append(f"option {name!r} {wrong}")
-        else:
+        elif table or name in RENAMED_OPTIONS:
             problems.append(f"option {name!r} is not one of vllm serve's{right_name(str(name), table)}")
     return problems
 
@@ -146,20 +145,14 @@ def instance_problems(
     for index, instance in enumerate(instances):
         name = instance.get("name")
         where = f"vllm_instances[{index}]" + (f" ({name})" if name else "")
-        found = [f"{key!r} is missing" for key in ("name", "model", "port") if instance.get(key) in (None, "")]
-        for key in instance:
-            if key not in INSTANCE_KEYS:
-                close = difflib.get_close_matches(str(key), INSTANCE_KEYS, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(INSTANCE_KEYS)}"
-                found.append(f"key {key!r} is unknown{hint}")
+        found: list[str] = []
         if name and not INSTANCE_NAME.fullmatch(str(name)):
             found.append("'name' must consist of lower-case letters, digits and dashes, at most 32")
         if instance.get("model") and not MODEL_NAME.fullmatch(str(instance["model"])):
             found.append("'model' must be the name of a model in the model store, not a path or a repository")
         port = instance.get("port")
-        if port not in (None, "") and (
-            not isinstance(port, int) or isinstance(port, bool) or not 1024 <= port <= 65535
-        ):
+        # what is missing or no number at all is told by the argument spec
+        if str(port).lstrip("-").isdigit() and not (isinstance(port, int) and 1024 <= port <= 65535):
             found.append(f"'port' is {port!r}; it must be a number from 1024 to 65535")
         found += gpu_problems(instance, device)
         found += option_problems(instance.get("options") or {}, table)
@@ -172,6 +165,18 @@ def instance_problems(
         problems += [
             f"{problem}; set vllm_allow_shared_gpus if two instances really fit on one GPU" for problem in shared
         ]
+    return problems
+
+
+def model_problems(instances: Sequence[Mapping[str, Any]], models: Sequence[str]) -> list[str]:
+    """Instances whose model is not among those that the model store gets."""
+    problems = []
+    for index, instance in enumerate(instances):
+        model = str(instance.get("model", ""))
+        if model and model not in models:
+            close = difflib.get_close_matches(model, models, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(models) or 'none'}"
+            problems.append(f"vllm_instances[{index}]: model {model!r} is not in model_store_models; {hint}")
     return problems
 
 

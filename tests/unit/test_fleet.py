@@ -33,7 +33,7 @@ def test_a_host_may_be_named_by_its_address() -> None:
         ({}, "not set"),
         ({"fleet_address": "gpu1"}, "must be an IP address"),
         ({"fleet_address": "127.0.0.1"}, "no other host can reach"),
-        ({"fleet_address": "0.0.0.0"}, "no other host can reach"),  # noqa: S104 - that it is refused is the point
+        ({"fleet_address": "0.0.0.0"}, "no other host can reach"),
     ],
 )
 def test_a_host_without_an_address_is_named(variables: dict[str, Any], problem: str) -> None:

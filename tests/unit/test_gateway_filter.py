@@ -65,15 +65,15 @@ def test_the_burst_that_a_client_has_without_saying(rate: int, burst: int) -> No
 @pytest.mark.parametrize(
     ("clients", "problem"),
     [
-        ([client("A")], "Entry 1 has the name 'A'"),
-        ([client("-a")], "Entry 1 has the name '-a'"),
-        ([client("a\n")], "Entry 1 has the name"),
-        ([client("a"), client("a")], "The name a is used twice."),
-        ([client("a", key="short")], "The key of a is not"),
-        ([client("a", key=KEYS[0].upper())], "The key of a is not"),
-        ([client("a", key=KEYS[0] + '";')], "The key of a is not"),
-        ([client("a", key=KEYS[0] + "\n")], "The key of a is not"),
-        ([client("a", key=KEYS[0]), client("b", key=KEYS[0])], "a and b have the same key."),
+        ([client("A")], "gateway_clients[0]: name is 'A'"),
+        ([client("-a")], "gateway_clients[0]: name is '-a'"),
+        ([client("a\n")], "gateway_clients[0]: name is"),
+        ([client("a"), client("a")], "the name a is used twice"),
+        ([client("a", key="short")], "the key of a is not"),
+        ([client("a", key=KEYS[0].upper())], "the key of a is not"),
+        ([client("a", key=KEYS[0] + '";')], "the key of a is not"),
+        ([client("a", key=KEYS[0] + "\n")], "the key of a is not"),
+        ([client("a", key=KEYS[0]), client("b", key=KEYS[0])], "a and b have the same key"),
         ([client("a", rate=0)], "requests_per_minute of a is 0"),
         ([client("a", concurrent=0)], "concurrent_requests of a is 0"),
         ([client("a", burst=-1)], "burst of a is -1"),
@@ -90,8 +90,8 @@ def test_good_clients_have_no_problems() -> None:
 
 
 def test_names_of_servers() -> None:
-    assert gateway.host_name_problems(["llm.example.com", "192.0.2.1", "2001:db8::1"]) == []
-    assert len(gateway.host_name_problems(["LLM", "a b", "a", "a"])) == 3
+    assert gateway.host_name_problems(["llm.example.com", "192.0.2.1", "2001:db8::1"], "names") == []
+    assert len(gateway.host_name_problems(["LLM", "a b", "a", "a"], "names")) == 3
     assert gateway.subject_alt_names(["a.b", "192.0.2.1"]) == ["DNS:a.b", "IP:192.0.2.1"]
 
 

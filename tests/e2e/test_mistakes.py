@@ -1,0 +1,351 @@
+"""Inventories with a mistake in them: each is refused before anything changes, by a message that says what would be right.
+
+All of them are hosts of one run of playbooks/site.yml --tags preflight: every host of that inventory is the same test host
+under a name of its own, with right variables except for the ones below. So the test also shows that a run tells the
+mistakes of all hosts, not the first one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from tests.e2e.conftest import Done, on, program
+from tests.hosts import hosts
+
+HOST = "mistakes-host"
+KEY, OTHER_KEY, SECRET = "a" * 40, "b" * 40, "Secret-That-Must-Not-Be-Told-0123456789"
+INSTANCE: dict[str, Any] = {"name": "chat", "model": "tiny", "port": 8000, "options": {"max-model-len": 128}}
+MODEL = {"name": "tiny", "source": "huggingface", "repository": "acme/tiny", "revision": "a" * 40}
+CLIENT = {"name": "team-a", "key": KEY, "requests_per_minute": 60, "concurrent_requests": 4}
+RIGHT: dict[str, Any] = {
+    "ansible_connection": "community.docker.docker",
+    "ansible_host": HOST,
+    "fleet_address": "10.0.0.1",
+    "vllm_device": "cpu",
+    "vllm_internal_key": "c" * 40,
+    "vllm_instances": [INSTANCE],
+    "model_store_models": [MODEL],
+    "gateway_server_names": ["llm.test"],
+    "gateway_routes": [{"model": "tiny", "instance": "chat"}],
+    "gateway_clients": [CLIENT],
+    # each of the hosts is a fleet of its own
+    "gateway_vllm_group": "{{ inventory_hostname }}_fleet",
+}
+
+
+def instance(**changes: object) -> dict[str, Any]:
+    """The right instance, changed. A value of ... takes the key away."""
+    return {"vllm_instances": [{key: value for key, value in {**INSTANCE, **changes}.items() if value is not ...}]}
+
+
+def options(**changes: object) -> dict[str, Any]:
+    """The right instance with other options of vLLM."""
+    return instance(options={key.replace("_", "-"): value for key, value in changes.items()})
+
+
+def model(**changes: object) -> dict[str, Any]:
+    """The right model, changed."""
+    return {"model_store_models": [{key: value for key, value in {**MODEL, **changes}.items() if value is not ...}]}
+
+
+def client(**changes: object) -> dict[str, Any]:
+    """The right client, changed."""
+    return {"gateway_clients": [{key: value for key, value in {**CLIENT, **changes}.items() if value is not ...}]}
+
+
+def pair(days: int = 30, name: str = "llm.test") -> tuple[str, str]:
+    """A certificate that signs itself, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    begin = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=60)
+    signed = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(begin)
+        .not_valid_after(begin + datetime.timedelta(days=60 + days))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    text = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()).decode()
+    return signed.public_bytes(pem).decode(), text
+
+
+def files(certificate: str, key: str) -> dict[str, Any]:
+    """A certificate that is given."""
+    return {"tls_certificate_source": "files", "tls_certificate_certificate": certificate, "tls_certificate_key": key}
+
+
+GOOD, EXPIRED, FOREIGN = pair(), pair(days=-1), pair(name="other.test")
+# What is wrong -> the variables, and what must be said.
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown model": (
+        instance(model="tinny"),
+        "vllm_instances[0]: model 'tinny' is not in model_store_models; did you mean 'tiny'?",
+    ),
+    "duplicate port": (
+        {"vllm_instances": [INSTANCE, {**INSTANCE, "name": "b"}]},
+        "vllm_instances: port 8000 is used by 2 instances",
+    ),
+    "duplicate instance": (
+        {"vllm_instances": [INSTANCE, {**INSTANCE, "port": 8001}]},
+        "vllm_instances: name 'chat' is used by 2 instances",
+    ),
+    "typo in a key of an instance": (
+        instance(prot=1),
+        "vllm_instances[0] (chat): key 'prot' is unknown; did you mean port?",
+    ),
+    "typo in a key of a model": (model(revison="x"), "key 'revison' is unknown; did you mean revision?"),
+    "typo in a key of a route": (
+        {"gateway_routes": [{"model": "tiny", "instance": "chat", "instanse": 1}]},
+        "gateway_routes[0]: key 'instanse' is unknown; did you mean instance?",
+    ),
+    "typo in a key of a client": (
+        client(request_per_minute=1),
+        "gateway_clients[0] (team-a): key 'request_per_minute' is unknown; did you mean requests_per_minute?",
+    ),
+    "typo in a variable": (
+        {"gateway_server_name": ["x"]},
+        "gateway_server_name is not a variable of the role gateway; did you mean gateway_server_names?",
+    ),
+    "misspelt option": (
+        options(max_modellen=1),
+        "option 'max-modellen' is not one of vllm serve's; did you mean 'max-model-len'?",
+    ),
+    "removed option": (
+        options(rope_scaling="x"),
+        "option 'rope-scaling' is not one of vllm serve's any more; write hf-overrides",
+    ),
+    "option of the wrong type": (
+        options(enforce_eager="yes"),
+        "option 'enforce-eager' is 'yes'; it must be true or false",
+    ),
+    "option that the role sets": (
+        options(api_key=SECRET),
+        "option 'api-key' cannot be set here: it comes from vllm_internal_key",
+    ),
+    "unsafe environment": (
+        instance(environment={"VLLM_SERVER_DEV_MODE": 1}),
+        "environment variable VLLM_SERVER_DEV_MODE is refused: it opens endpoints",
+    ),
+    "injection into a unit file": (
+        instance(environment={"A": f"x\nExecStart={SECRET}"}),
+        "environment variable A holds a line break or another control character",
+    ),
+    "injection into a path": (
+        instance(model="../../etc"),
+        "'model' must be the name of a model in the model store, not a path or a repository",
+    ),
+    "injection by an instance's name": (
+        instance(name="a b;c"),
+        "'name' must consist of lower-case letters, digits and dashes",
+    ),
+    "injection into Nginx by a name": (
+        {"gateway_server_names": ["a;return 200"]},
+        "gateway_server_names has 'a;return 200', which is neither a DNS name in lower case nor an IP address",
+    ),
+    "injection into Nginx by a client": (
+        client(name='a" 1; #'),
+        "gateway_clients[0]: name is 'a\" 1; #'; it must be 1 to 63 of a-z, 0-9 and -",
+    ),
+    "empty key": (
+        client(key=""),
+        "the key of team-a is not at least 32 of a-z, 0-9, dot, _ and - in lower case; make one with `openssl rand -hex 32`",
+    ),
+    "short key": (client(key="abc-123"), "the key of team-a is not at least 32 of a-z, 0-9"),
+    "upper-case key": (client(key=SECRET), "the key of team-a is not at least 32 of a-z, 0-9"),
+    "duplicate key": (
+        {"gateway_clients": [CLIENT, {**CLIENT, "name": "team-b"}]},
+        "gateway_clients: team-a and team-b have the same key; give each client its own",
+    ),
+    "client twice": (
+        {"gateway_clients": [CLIENT, {**CLIENT, "key": OTHER_KEY}]},
+        "gateway_clients: the name team-a is used twice",
+    ),
+    "no client": ({"gateway_clients": []}, "gateway_clients must list who may use the gateway, with name, key"),
+    "limit of zero": (
+        client(concurrent_requests=0),
+        "gateway_clients: concurrent_requests of team-a is 0; it must be at least 1",
+    ),
+    "limit in words": (
+        client(requests_per_minute="many"),
+        "gateway_clients[0] (team-a): requests_per_minute is 'many', but must be a whole number",
+    ),
+    "limit missing": (
+        client(requests_per_minute=...),
+        "gateway_clients[0] (team-a): requests_per_minute is missing; it is: Sustained rate",
+    ),
+    "number below its least": ({"gateway_max_body_mib": 0}, "gateway_max_body_mib is 0; it must be at least 1"),
+    "negative GPU": (
+        {**instance(gpus=[-1]), "vllm_device": "cuda"},
+        "vllm_instances[0] (chat): 'gpus' must be a list of numbers from 0",
+    ),
+    "GPU in words": (instance(gpus=["all"]), "vllm_instances[0] (chat): gpus[0] is 'all', but must be a whole number"),
+    "GPU on a CPU host": (instance(gpus=[0]), "'gpus' must be empty: vllm_device is cpu"),
+    "fewer GPUs than the parallel sizes": (
+        {**instance(gpus=[0], options={"tensor-parallel-size": 2}), "vllm_device": "cuda"},
+        "'gpus' names 1 GPU(s), but its parallel sizes need 2",
+    ),
+    "port out of range": (instance(port=80000), "'port' is 80000; it must be a number from 1024 to 65535"),
+    "port in words": (instance(port="http"), "vllm_instances[0] (chat): port is 'http', but must be a whole number"),
+    "same port twice on the gateway": (
+        {"gateway_http_port": 443},
+        "they must be two different numbers between 1 and 65535",
+    ),
+    "branch instead of a revision": (
+        model(revision="main"),
+        "revision is `main`; it takes the 40 hexadecimal digits of a commit",
+    ),
+    "certificate without a key": (
+        files(GOOD[0], ""),
+        "a certificate and its key, PEM and not encrypted, must be given: by tls_certificate_certificate_file and tls_certificate_key_file",
+    ),
+    "key of another certificate": (files(GOOD[0], FOREIGN[1]), "does not belong to the certificate of"),
+    "expired certificate": (files(*EXPIRED), "is valid from"),
+    "host name that is not covered": (
+        files(*FOREIGN),
+        "The certificate does not cover llm.test of tls_certificate_names; it covers DNS:other.test",
+    ),
+    "route to nowhere": (
+        {"gateway_routes": [{"model": "tiny", "instance": "chatt"}]},
+        "gateway_routes[0] names the instance chatt, but no host of the group route_to_nowhere_fleet has it in vllm_instances; there are chat",
+    ),
+    "no address for the fleet": (
+        {"fleet_address": ""},
+        "which is no IP address, and fleet_address is not set; set fleet_address to the IP address",
+    ),
+    "wrong address for the fleet": (
+        {"fleet_address": "10.0.0.256"},
+        "fleet_address is '10.0.0.256'; it must be an IP address",
+    ),
+    "all addresses": (
+        {"vllm_bind_address": "0.0.0.0"},
+        "vllm_bind_address is 0.0.0.0; it must be one IP address of this host, or empty",
+    ),
+    "version below the floor": (
+        {"vllm_version": "0.26.0"},
+        "vllm_version is 0.26.0, but versions below 0.32.0 have known holes",
+    ),
+    "version without a lock": ({"vllm_version": "0.99.0"}, "There is no lock for vLLM 0.99.0 on cpu"),
+    "unknown device": ({"vllm_device": "tpu"}, "vllm_device is 'tpu', but must be one of cuda, cpu"),
+    "no internal key": (
+        {"vllm_internal_key": ""},
+        "vllm_internal_key is not set. Make one of at least 32 characters with `openssl rand -hex 32`",
+    ),
+    "secret missing from the vault": (
+        client(key="{{ vault_team_a_key }}"),
+        "gateway_clients cannot be read: 'vault_team_a_key' is undefined; a secret of that name may be missing from the vault",
+    ),
+    "Python too old": (
+        {"uv_python": "system", "uv_python_minimum": "3.99"},
+        "uv_python is `system`, but the Python of python_too_old is 3.",
+    ),
+    "journal without a size": (
+        {"base_journal_max_size": "much"},
+        "base_journal_max_size is much; journald takes sizes such as 2G",
+    ),
+}
+
+
+def alias(mistake: str) -> str:
+    """The name of a mistake's host."""
+    return re.sub(r"\W+", "_", mistake).lower()
+
+
+def inventory(directory: Path, variables: dict[str, dict[str, Any]]) -> Path:
+    """An inventory of hosts with the right variables except for these."""
+    names = {name: {} for name in variables}  # type: dict[str, dict[str, Any]]
+    tree: dict[str, Any] = {
+        "all": {
+            "vars": RIGHT,
+            "hosts": variables,
+            "children": {
+                "vllm": {"hosts": names},
+                "gateway": {"hosts": names},
+                **{f"{name}_fleet": {"hosts": {name: {}}} for name in variables},
+            },
+        }
+    }
+    file = directory / "hosts.json"
+    file.write_text(json.dumps(tree))
+    return file
+
+
+def preflight(hosts_file: Path, *arguments: str) -> Done:
+    """Run the preflight alone."""
+    return program(
+        "ansible-playbook", "site.yml", "--tags", "preflight", "-i", str(hosts_file), *arguments, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[str]:
+    """A bare host."""
+    hosts.down("mistakes")
+    hosts.up("mistakes", {HOST: "debian12"})
+    yield HOST
+    hosts.down("mistakes")
+
+
+@pytest.fixture(scope="module")
+def told(host: str, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """What a run says of all mistakes."""
+    on(host, "touch /run/before")
+    variables = {alias(mistake): changes for mistake, (changes, _) in MISTAKES.items()}
+    return preflight(inventory(tmp_path_factory.mktemp("mistakes"), variables))
+
+
+def of_host(output: str, name: str) -> str:
+    """What a run said of one host, its line breaks undone."""
+    part = re.search(rf"fatal: \[{name}\]: FAILED!(.*?)(?=\nfatal: |\n\[ERROR\]|\nTASK |\nPLAY |\Z)", output, re.DOTALL)
+    return " ".join(part[1].split()) if part else ""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_it_is_refused_with_what_would_be_right(told: Done, mistake: str) -> None:
+    said = of_host(told.output, alias(mistake))
+    assert MISTAKES[mistake][1] in said.replace("''", "'"), said or told.output[-3000:]
+
+
+def test_nothing_was_changed_and_no_secret_told(told: Done, host: str) -> None:
+    assert told.status != 0
+    assert all(not counters["changed"] for counters in told.recap().values())
+    assert set(told.recap()) >= {alias(mistake) for mistake in MISTAKES}
+    assert SECRET not in told.output
+    assert GOOD[1].splitlines()[1] not in told.output
+    assert on(host, "find /etc /opt /srv /usr /var -xdev -newer /run/before -type f -not -path '/var/log/*'") == ""
+
+
+def test_the_right_inventory_passes(host: str, tmp_path: Path) -> None:
+    done = preflight(inventory(tmp_path, {"right": {}}))
+    assert done.status == 0, done.output
+    assert done.recap()["right"]["changed"] == 0
+
+
+def test_several_mistakes_of_a_host_are_told_together(host: str, tmp_path: Path) -> None:
+    names = ("misspelt option", "short key", "journal without a size")
+    variables: dict[str, Any] = {}
+    for mistake in names:
+        variables.update(MISTAKES[mistake][0])
+    said = of_host(preflight(inventory(tmp_path, {"several": variables})).output, "several")
+    assert "3 problems with the variables of several" in said
+    for mistake in names:
+        assert MISTAKES[mistake][1] in said.replace("''", "'")
+
+
+def test_groups_that_the_plays_do_not_know_are_told(host: str, tmp_path: Path) -> None:
+    file = inventory(tmp_path, {"right": {"vllm_group": "inference"}})
+    assert "Other group names are given on the command line: -e vllm_group=inference" in " ".join(
+        preflight(file).output.split()
+    )
+    file.write_text(json.dumps({"vllm": {"hosts": {"right": RIGHT}}}))
+    assert "The inventory has no host in the group gateway" in preflight(file).output
