@@ -1,0 +1,210 @@
+# Copyright: the vLLM Fleet authors
+# SPDX-License-Identifier: Apache-2.0
+"""Renders the files of a role and has the module of the same name put them in place, all in one call."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ansible.errors import AnsibleActionFail, AnsibleError
+from ansible.module_utils.common.text.converters import to_bytes
+from ansible.plugins.action import ActionBase
+from ansible.template import generate_ansible_template_vars, trust_as_template
+from ansible_collections.gpufleet.llm.plugins.module_utils.tree import NAME, Entry, TreeError, pack
+
+IGNORED = ("*~", ".*.sw?", ".gitkeep")
+OWNED = {"owner": {"type": "str"}, "group": {"type": "str"}}
+FILE = {
+    "path": {"type": "str", "required": True},
+    **{name: {"type": "str"} for name in ("template", "content", "source")},
+    "vars": {"type": "dict", "default": {}},
+    "mode": {"type": "raw", "default": "0644"},  # raw, so that a mode that lost its quotes is seen and not guessed
+    **OWNED,
+    "secret": {"type": "bool", "default": False},
+    "when": {"type": "bool", "default": True},
+}
+DIRECTORY = {"path": {"type": "str", "required": True}, "mode": {"type": "raw", "default": "0755"}, **OWNED}
+LINK = {"path": {"type": "str", "required": True}, "target": {"type": "str", "required": True}}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "name": {"type": "str", "required": True},
+    "state": {"type": "str", "choices": ["present", "settled", "absent"], "default": "present"},
+    "source": {"type": "str"},
+    "files": {"type": "list", "elements": "dict", "options": FILE, "default": []},
+    "modes": {"type": "dict", "default": {}},
+    "secrets": {"type": "list", "elements": "str", "default": []},
+    "exclude": {"type": "list", "elements": "str", "default": []},
+    "directories": {"type": "list", "elements": "dict", "options": DIRECTORY, "default": []},
+    "links": {"type": "list", "elements": "dict", "options": LINK, "default": []},
+    "owner": {"type": "str", "default": "root"},
+    "group": {"type": "str", "default": "root"},
+    "validate": {"type": "list", "elements": "str", "default": []},
+    "notify": {"type": "dict", "default": {}},
+    "state_path": {"type": "path", "default": "/var/lib/vllm-fleet/tree"},
+}
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]
+    """See the module's documentation."""
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Render, call, notify."""
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        _, arguments = self.validate_argument_spec(ARGUMENTS)
+        if not NAME.fullmatch(arguments["name"]):
+            raise AnsibleActionFail(f"name: {arguments['name']!r} must be of lower case letters, digits, '_' and '-'")
+        for name in ("modes", "notify"):
+            # Ansible renders the values of a dictionary, but not its keys, which here are paths.
+            arguments[name] = {self._templar.template(key): value for key, value in arguments[name].items()}
+        passed = {name: arguments[name] for name in ("name", "state", "state_path", "validate")}
+        passed["notify"] = self.patterns(arguments["notify"])
+        if arguments["state"] == "present":
+            try:
+                passed["payload"] = pack(Wanted(self, arguments, task_vars or {}).entries())
+            except TreeError as error:
+                raise AnsibleActionFail(str(error)) from error
+        result.update(self._execute_module("gpufleet.llm.tree", passed, task_vars=task_vars))
+        self.tell(result.get("handlers", []))
+        return result
+
+    def patterns(self, stated: dict[str, Any]) -> dict[str, list[str]]:
+        """Which handlers a changed path notifies. The keyword of the task goes for every path."""
+        patterns = {pattern: names if isinstance(names, list) else [names] for pattern, names in stated.items()}
+        if self._task.notify:
+            patterns["*"] = [*patterns.get("*", []), *self._task.notify]
+        return patterns
+
+    def tell(self, handlers: list[str]) -> None:
+        """Notify these handlers, when the task changed something.
+
+        There is no key of the result for that: the executor overwrites it with the task's own `notify`, which it reads after the action
+        ran (core 2.19 to 2.21: TaskExecutor._execute). Each host and each item of a loop has a task object of its own.
+        """
+        self._task.notify = handlers
+
+
+class Wanted:
+    """What the arguments of a task ask for."""
+
+    def __init__(self, action: ActionModule, arguments: dict[str, Any], variables: dict[str, Any]) -> None:
+        self.action = action
+        self.arguments = arguments
+        self.variables = variables
+        self.owned = {name: arguments[name] for name in OWNED}
+        role = action._task._role
+        base = Path(role._role_path, "templates") if role else Path(action._loader.get_basedir())
+        self.base = base.resolve()  # the one name of a directory that is reached by links, so that files compare
+        self.source = self.mirrored_directory(bool(role))
+        self.texts: dict[Path, str] = {}
+        self.found: dict[tuple[str, str], Path] = {}
+        search = [
+            *variables.get("ansible_search_path", []),
+            action._loader.get_basedir(),
+            self.base,
+            *filter(None, [self.source]),
+        ]
+        self.search = [str(path) for parent in search for path in (Path(parent, "templates"), parent)]
+
+    def mirrored_directory(self, in_role: bool) -> Path | None:
+        """The directory that mirrors the host, if there is one."""
+        source = self.arguments["source"]
+        if source is None and not in_role:
+            raise AnsibleActionFail("source: outside of a role there is no default; name a directory, or '' for none")
+        if source == "":
+            return None
+        directory = self.base / (source or ".")
+        if source and not directory.is_dir():
+            raise AnsibleActionFail(f"source: there is no directory {directory}")
+        return directory
+
+    def entries(self) -> Iterator[Entry]:
+        """Everything that is wanted."""
+        stated = self.arguments["files"]
+        named = {self.find("template", entry["template"]) for entry in stated if entry["template"] is not None}
+        mirrored = dict(self.mirrored(named))
+        for parameter in ("modes", "secrets"):
+            for path in self.arguments[parameter]:
+                if path not in mirrored:
+                    raise TreeError(f"{parameter}: {path} is not the path of a mirrored file")
+        for path, file in mirrored.items():
+            content = self.render(file, path) if file.suffix == ".j2" else self.read(file)
+            mode = self.arguments["modes"].get(path, "0644")
+            yield Entry(path, content=content, mode=mode, secret=path in self.arguments["secrets"], **self.owned)
+        for entry in stated:
+            if entry["when"]:
+                yield Entry(entry["path"], content=self.content(entry), secret=entry["secret"], **self.common(entry))
+        for entry in self.arguments["directories"]:
+            yield Entry(entry["path"], "directory", **self.common(entry))
+        for entry in self.arguments["links"]:
+            yield Entry(entry["path"], "link", target=entry["target"])
+
+    def common(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Mode and owners of an entry."""
+        return {"mode": entry["mode"], **{name: entry[name] or default for name, default in self.owned.items()}}
+
+    def mirrored(self, named: set[Path]) -> Iterator[tuple[str, Path]]:
+        """Path on the host and file here of all that is mirrored."""
+        source, unused = self.source, set(self.arguments["exclude"])
+        for file in sorted(source.rglob("*")) if source else []:
+            relative = file.relative_to(source or "")
+            excluded = {pattern for pattern in self.arguments["exclude"] if fnmatch.fnmatchcase(str(relative), pattern)}
+            unused -= excluded
+            ignored = file.name.startswith("_") or any(fnmatch.fnmatchcase(file.name, pattern) for pattern in IGNORED)
+            if len(relative.parts) > 1 and file.is_file() and not (excluded or ignored or file.resolve() in named):
+                yield f"/{relative.with_suffix('') if file.suffix == '.j2' else relative}", file
+        if unused:
+            raise TreeError(f"exclude: {', '.join(sorted(unused))} matches no file of {source}")
+
+    def content(self, entry: dict[str, Any]) -> bytes:
+        """The content of an entry of `files`."""
+        kinds = [kind for kind in ("template", "content", "source") if entry[kind] is not None]
+        if len(kinds) != 1:
+            raise TreeError(
+                f"files: {entry['path']} needs exactly one of template, content and source, and has {kinds or 'none'}"
+            )
+        (kind,) = kinds
+        if kind == "content":
+            return bytes(to_bytes(entry["content"]))
+        file = self.find(kind, entry[kind])
+        return self.render(file, entry["path"], entry["vars"]) if kind == "template" else self.read(file)
+
+    def find(self, kind: str, name: str) -> Path:
+        """A template or a file of the role, or of the play when there is no role."""
+        if (kind, name) not in self.found:
+            try:
+                found = self.action._find_needle("templates" if kind == "template" else "files", name)
+            except AnsibleError as error:
+                raise AnsibleActionFail(f"files: there is no {kind} {name}") from error
+            self.found[kind, name] = Path(found).resolve()
+        return self.found[kind, name]
+
+    def read(self, file: Path) -> bytes:
+        """A file as it is; one that Ansible Vault encrypted is decrypted, as ansible.builtin.copy does."""
+        loader = self.action._loader
+        real = loader.get_real_file(str(file))
+        try:
+            return Path(real).read_bytes()
+        finally:
+            loader.cleanup_tmp_file(real)
+
+    def render(self, file: Path, path: str, more: dict[str, Any] | None = None) -> bytes:
+        """A template as ansible.builtin.template would render it with its defaults."""
+        loader = self.action._loader
+        try:
+            if file not in self.texts:
+                self.texts[file] = trust_as_template(loader.get_text_file_contents(str(file)))
+            name = str(file.relative_to(self.base)) if file.is_relative_to(self.base) else file.name
+            of_file = generate_ansible_template_vars(name, str(file), path)
+            if "ansible_managed" in self.variables:
+                del of_file["ansible_managed"]  # who sets it himself keeps it
+            templar = self.action._templar.copy_with_new_env(
+                searchpath=[*self.search, str(file.parent)],
+                available_variables={**self.variables, **of_file, **(more or {})},
+            )
+            overrides = {"trim_blocks": True, "lstrip_blocks": False, "newline_sequence": "\n"}
+            rendered = templar.template(self.texts[file], escape_backslashes=False, overrides=overrides)
+        except (AnsibleError, OSError) as error:
+            raise AnsibleActionFail(f"{path}: the template {file} cannot be rendered") from error
+        return bytes(to_bytes("" if rendered is None else rendered, errors="surrogate_or_strict"))
