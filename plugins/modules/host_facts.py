@@ -1,0 +1,342 @@
+#!/usr/bin/python
+# Copyright: the vLLM Fleet authors
+# SPDX-License-Identifier: Apache-2.0
+"""Says once what is on a host, so that tasks that would change nothing are skipped."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: host_facts
+short_description: Look at a host once, for all roles
+description:
+  - Says in one call what is on a host (packages, units, users, listening ports, disks, GPUs, files), so that the tasks that would
+    change nothing can be skipped.
+  - Reads the files that the host's own programs read. Only C(systemctl list-units) and, where it is there, C(nvidia-smi) are called,
+    both while the rest is read. Costs about 50 ms of CPU on the host beside what every module costs.
+  - A source that is missing or broken gives an empty section, never a failure. A Debian or Ubuntu host with systemd gives all of them.
+  - The facts say what was when the module looked. What changes the host should look again, and what proves a result should not use them.
+version_added: 0.1.0
+author: The vLLM Fleet authors (@gpufleet)
+options:
+  gather:
+    description:
+      - The sections to look at; V(system), V(users) and V(packages) each bring more than one key, see the return values.
+      - The facts of a call B(replace) those of the call before as a whole. To look again at one section only, register the result and
+        read it from there.
+    type: list
+    elements: str
+    choices: [system, packages, units, users, ports, mounts, gpus, paths]
+    default: [system, packages, units, users, ports, mounts, gpus, paths]
+  paths:
+    description: Files, directories and links to look at.
+    type: list
+    elements: path
+    default: []
+attributes:
+  check_mode:
+    description: Changes nothing.
+    support: full
+  facts:
+    description: Sets C(ansible_facts['gpufleet']).
+    support: full
+notes:
+  - Run it as root. Another user sees the ports of other users without a program and a unit, and not every path.
+seealso:
+  - module: ansible.builtin.setup
+  - module: ansible.builtin.service_facts
+  - module: ansible.builtin.package_facts
+"""
+
+EXAMPLES = r"""
+- name: Look at the host
+  gpufleet.llm.host_facts:
+    paths: [/etc/nginx/nginx.conf, /var/log/journal]
+
+- name: Packages are installed
+  ansible.builtin.apt:
+    name: "{{ wanted }}"
+  when: wanted | difference(ansible_facts['gpufleet'].packages) | length > 0
+  vars:
+    wanted: [nginx, openssl]
+
+- name: Nginx runs
+  ansible.builtin.systemd_service:
+    name: nginx.service
+    state: started
+    enabled: true
+  when: ansible_facts['gpufleet'].units['nginx.service'] | default({}) != dict(active='active', enabled='enabled')
+
+- name: Look at the ports again, after a restart
+  gpufleet.llm.host_facts:
+    gather: [ports]
+  register: looked
+
+- name: Nginx listens
+  ansible.builtin.assert:
+    that: "'nginx.service' in looked.ansible_facts.gpufleet.ports | selectattr('port', 'eq', 443) | map(attribute='unit')"
+"""
+
+RETURN = r"""
+ansible_facts:
+  description: The facts. Each key is there when its section was asked for.
+  returned: always
+  type: dict
+  contains:
+    gpufleet:
+      description: What is on the host.
+      returned: always
+      type: dict
+      contains:
+        distribution:
+          description: V(Debian) or V(Ubuntu), else the name in os-release. Section V(system).
+          type: str
+          sample: Ubuntu
+        release:
+          description: Version of the distribution. Section V(system).
+          type: str
+          sample: "24.04"
+        codename:
+          description: Its name. Section V(system).
+          type: str
+          sample: noble
+        architecture:
+          description: The CPU, as C(uname -m) says it. Section V(system).
+          type: str
+          sample: x86_64
+        kernel:
+          description: Release of the running kernel. Section V(system).
+          type: str
+          sample: 6.8.0-88-generic
+        python:
+          description: Version of C(/usr/bin/python3), empty when there is none. Section V(system).
+          type: str
+          sample: 3.12.3
+        container:
+          description: V(docker), V(podman), V(lxc), V(systemd-nspawn) and so on, empty outside of containers. Section V(system).
+          type: str
+        service_manager:
+          description: V(systemd) when the host was booted with it, else empty. Section V(system).
+          type: str
+          sample: systemd
+        memory_bytes:
+          description: Memory of the host. Section V(system).
+          type: int
+        cpus:
+          description: Logical CPUs that may be used. Section V(system).
+          type: int
+        packages:
+          description:
+            - Versions of the installed packages, by name. One that is only unpacked or half configured is not among them. One of a foreign
+              architecture has it in its name (C(libc6:i386)). Section V(packages).
+          type: dict
+          sample: {nginx: 1.24.0-2ubuntu7.5}
+        lists_age_seconds:
+          description: Seconds since the package lists were fetched, null when there are none. Section V(packages).
+          type: int
+        units:
+          description:
+            - Services, timers, sockets and mounts that are loaded or have a file, instances of templates among them, each with C(active)
+              (V(active), V(inactive), V(failed), V(activating) and so on) and C(enabled) (what C(systemctl is-enabled) says, empty for a unit
+              without a file). Section V(units).
+          type: dict
+          sample: {nginx.service: {active: active, enabled: enabled}}
+        users:
+          description: Numbers of the local users, by name. Section V(users).
+          type: dict
+          sample: {root: 0}
+        groups:
+          description: Numbers of the local groups, by name. Section V(users).
+          type: dict
+          sample: {root: 0}
+        ports:
+          description: TCP sockets that listen. Section V(ports).
+          type: list
+          elements: dict
+          contains:
+            port:
+              description: The port.
+              type: int
+            address:
+              description: The IP address, V(0.0.0.0) or V(::) for all.
+              type: str
+            protocol:
+              description: V(tcp).
+              type: str
+            program:
+              description: Name of a process that holds the socket, empty when it cannot be seen.
+              type: str
+            unit:
+              description: The systemd unit of that process, or empty.
+              type: str
+          sample: [{port: 443, address: 0.0.0.0, protocol: tcp, program: nginx, unit: nginx.service}]
+        mounts:
+          description: Real file systems, those of the network among them. Section V(mounts).
+          type: list
+          elements: dict
+          contains:
+            path:
+              description: Where it is mounted.
+              type: str
+            device:
+              description: What is mounted.
+              type: str
+            fstype:
+              description: Kind of file system.
+              type: str
+            network:
+              description: Whether a server holds it. Such a one is not asked for its size, because a dead server never answers.
+              type: bool
+            size_bytes:
+              description: Its size, null when it was not asked for.
+              type: int
+            free_bytes:
+              description: What users may still fill, null when it was not asked for.
+              type: int
+        gpus:
+          description: GPUs as C(nvidia-smi) sees them, empty where it is not there. Section V(gpus).
+          type: list
+          elements: dict
+          sample: [{index: 0, name: NVIDIA H100 80GB HBM3, memory_mib: 81559, compute_capability: 9.0, driver: 580.159.03}]
+        gpu_error:
+          description: What C(nvidia-smi) says when it is there and fails or shows no GPU, else empty. Section V(gpus).
+          type: str
+        paths:
+          description: What is at each of O(paths). All keys are always there. Section V(paths).
+          type: dict
+          contains:
+            exists:
+              description: Whether something is there. Links are not followed.
+              type: bool
+            type:
+              description: V(file), V(directory), V(link) or V(other), empty when nothing is there.
+              type: str
+            target:
+              description: Where a link leads, as it is written.
+              type: str
+            size:
+              description: Size of a file in bytes.
+              type: int
+            mode:
+              description: Its mode.
+              type: str
+              sample: "0644"
+            uid:
+              description: Number of its owner, null when nothing is there.
+              type: int
+            gid:
+              description: Number of its group, null when nothing is there.
+              type: int
+            sha256:
+              description: SHA-256 of a file of at most 1 MiB, else empty.
+              type: str
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.gpufleet.llm.plugins.module_utils import host
+from ansible_collections.gpufleet.llm.plugins.module_utils.gpu import NVIDIA_SMI_QUERY, parse_nvidia_smi
+
+SECTIONS = ["system", "packages", "units", "users", "ports", "mounts", "gpus", "paths"]
+PYTHON = "/usr/bin/python3"
+# Seconds. nvidia-smi without persistence mode wakes every GPU, some seconds each.
+SYSTEMCTL_TIMEOUT = 20
+NVIDIA_SMI_TIMEOUT = 60
+
+
+class Program:
+    """A program that runs while something else is read."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.name = command[0]
+        try:
+            self.process: subprocess.Popen[str] | None = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                errors="replace",
+                env={**os.environ, "LC_ALL": "C.UTF-8", "SYSTEMD_COLORS": "0"},
+            )
+        except OSError:
+            self.process = None
+
+    def output(self, timeout: float) -> tuple[bool, str]:
+        """Whether it went well, and what it printed: its output or what it complained of."""
+        if self.process is None:
+            return False, f"{self.name} cannot be run"
+        try:
+            output, error = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()  # not waited for: in the kernel's hands it may never end
+            return False, f"{self.name} did not answer within {timeout:g} s"
+        if self.process.returncode:
+            return False, (error.strip() or output.strip() or f"{self.name} ended with {self.process.returncode}")
+        return True, output
+
+
+def python_version() -> str:
+    """Version of the system's Python, which is mostly the one that runs this."""
+    if not Path(PYTHON).exists():
+        return ""
+    if os.path.realpath(PYTHON) == os.path.realpath(sys.executable):
+        return platform.python_version()
+    good, output = Program([PYTHON, "-V"]).output(SYSTEMCTL_TIMEOUT)
+    return output.strip().removeprefix("Python ") if good else ""
+
+
+def gpu_facts(program: Program | None) -> dict[str, Any]:
+    """The GPUs, and what is wrong with them."""
+    if program is None:
+        return {"gpus": [], "gpu_error": ""}
+    good, output = program.output(NVIDIA_SMI_TIMEOUT)
+    gpus = parse_nvidia_smi(output) if good else []
+    return {"gpus": gpus, "gpu_error": "" if gpus else output.strip() or "nvidia-smi shows no GPU"}
+
+
+def main() -> None:
+    """Look, and tell."""
+    module = AnsibleModule(
+        argument_spec={
+            "gather": {"type": "list", "elements": "str", "choices": SECTIONS, "default": SECTIONS},
+            "paths": {"type": "list", "elements": "path", "default": []},
+        },
+        supports_check_mode=True,
+    )
+    gather = set(module.params["gather"])
+    nvidia_smi = Program(NVIDIA_SMI_QUERY) if "gpus" in gather and shutil.which("nvidia-smi") else None
+    booted = Path("/run/systemd/system").is_dir()
+    list_units = Program(host.LIST_UNITS) if "units" in gather and booted else None
+
+    facts: dict[str, Any] = {}
+    if "system" in gather:
+        facts.update(host.system(), python=python_version())
+    if "packages" in gather:
+        facts.update(packages=host.packages(), lists_age_seconds=host.lists_age())
+    if "users" in gather:
+        facts.update(users=host.ids(host.read(Path("/etc/passwd"))), groups=host.ids(host.read(Path("/etc/group"))))
+    if "ports" in gather:
+        facts["ports"] = host.ports()
+    if "mounts" in gather:
+        facts["mounts"] = host.mounts()
+    if "paths" in gather:
+        facts["paths"] = {path: host.path_state(Path(path)) for path in module.params["paths"]}
+    if "units" in gather:
+        good, loaded = list_units.output(SYSTEMCTL_TIMEOUT) if list_units else (False, "")
+        # Without systemd's word on what runs, every unit would look as if it had stopped.
+        facts["units"] = host.units(loaded) if good else {}
+    if "gpus" in gather:
+        facts.update(gpu_facts(nvidia_smi))
+    module.exit_json(changed=False, ansible_facts={"gpufleet": facts})
+
+
+if __name__ == "__main__":
+    main()
