@@ -30,8 +30,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if started.get("attached"):
             display.display(f"{name} is already on its way; watching it")
         progress = Progress()
-        # The module that only looks needs neither the token nor the rest that is secret.
-        quiet = {key: value for key, value in arguments.items() if key not in ("token", "environment")}
+        # The module that only looks needs nothing that is secret.
+        secret = ("token", "headers", "queries", "environment")
+        quiet = {key: value for key, value in arguments.items() if key not in secret}
         shown = time.monotonic()
         pause = 0.5
         while True:

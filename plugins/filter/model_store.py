@@ -8,7 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import contents, plan, problems
+from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import (
+    contents,
+    header_problems,
+    plan,
+    problems,
+    queries,
+)
 
 
 def model_store_contents(path: str) -> dict[str, dict[str, Any]]:
@@ -24,6 +30,8 @@ class FilterModule:
         """The filters by name."""
         return {
             "model_store_problems": problems,
+            "model_store_header_problems": header_problems,
             "model_store_plan": plan,
+            "model_store_queries": queries,
             "model_store_contents": model_store_contents,
         }

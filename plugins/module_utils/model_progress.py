@@ -35,7 +35,7 @@ class Progress:
     def line(self, state: str, done: int, total: int) -> str:
         """Such as `3.2 of 15.2 GB, 410 MB/s, about 30 s left`."""
         if state != "downloading" or not total:
-            return {"checking": "asking the hub", "verifying": "verifying what arrived"}.get(state, state)
+            return {"checking": "asking what there is", "verifying": "verifying what arrived"}.get(state, state)
         limit, unit = size(total)
         text = f"{min(done, total) / limit:.1f} of {total / limit:.1f} {unit}"
         if speed := self.speed():

@@ -14,12 +14,19 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 MANIFEST = ".model.json"
-SOURCES = ("huggingface", "path")
+# By source, what an entry of model_store_models may say beside its name and source.
+HUBS = ("huggingface", "modelscope")
+KEYS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(HUBS, ("repository", "revision", "include", "exclude")),
+    "url": ("files",),
+    "path": ("path", "copy", "revision"),
+}
 # Other formats of the same weights, which vLLM does not read: a third to three quarters of many a repository.
 EXCLUDE = ("*.pth", "*.pt", "original/*", "*.onnx", "onnx/*", "*.gguf")
 Model = dict[str, Any]
@@ -36,30 +43,46 @@ def problems(models: Sequence[Model], allow_moving: bool = False) -> list[str]:
     for name in sorted({name for name in names if names.count(name) > 1}):
         found.append(f"the name `{name}` is given {names.count(name)} times; each model needs a name of its own")
     for model in models:
-        name, source, revision = str(model.get("name", "")), model.get("source"), str(model.get("revision") or "")
+        name, source = str(model.get("name", "")), model.get("source")
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
             found.append(
                 f"`{name}` is no name for a model: small letters, digits, dot, dash and underscore, such as qwen2.5-7b"
             )
-        if source not in SOURCES:
-            found.append(f"{name}: source is `{source}`; known are {' and '.join(SOURCES)}")
-        elif source == "huggingface":
-            if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model.get("repository") or "")):
-                found.append(
-                    f"{name}: repository is `{model.get('repository', '')}`; it looks like Qwen/Qwen2.5-7B-Instruct"
-                )
-            if not re.fullmatch(r"[0-9a-f]{40}", revision) and not (allow_moving and revision):
-                found.append(
-                    f"{name}: revision is `{revision}`; it takes the 40 hexadecimal digits of a commit, as the "
-                    "repository's history shows it (model_store_allow_moving_revisions lets a branch or tag pass)"
-                )
+        if source not in KEYS:
+            found.append(f"{name}: source is `{source}`; known are {listed(KEYS)}")
+            continue
+        # A key that no source has is told by check_inputs.
+        for key in sorted(set(model) & set().union(*KEYS.values()) - set(KEYS[source])):
+            found.append(f"{name}: `{key}` means nothing for source {source}; it takes {listed(KEYS[source])}")
+        if source == "path":
+            found += _path_problems(name, model)
+        elif source == "url":
+            found += _url_problems(name, model.get("files"))
         else:
-            found += _path_problems(name, model, revision)
+            found += _hub_problems(name, model, allow_moving)
+    return [f"model_store_models: {sentence}" for sentence in found]
+
+
+def listed(words: Iterable[str]) -> str:
+    """Words as a sentence has them."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _hub_problems(name: str, model: Model, allow_moving: bool) -> list[str]:
+    found, revision = [], str(model.get("revision") or "")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model.get("repository") or "")):
+        found.append(f"{name}: repository is `{model.get('repository', '')}`; it looks like Qwen/Qwen2.5-7B-Instruct")
+    if not re.fullmatch(r"[0-9a-f]{40}", revision) and not (allow_moving and revision):
+        found.append(
+            f"{name}: revision is `{revision}`; it takes the 40 hexadecimal digits of a commit, as the "
+            "repository's history shows it (model_store_allow_moving_revisions lets a branch or tag pass)"
+        )
     return found
 
 
-def _path_problems(name: str, model: Model, revision: str) -> list[str]:
-    path = str(model.get("path") or "")
+def _path_problems(name: str, model: Model) -> list[str]:
+    path, revision = str(model.get("path") or ""), str(model.get("revision") or "")
     if not path.startswith("/"):
         return [f"{name}: path is `{path}`; it takes an absolute path"]
     if revision and not re.fullmatch(r"[\w.-]+", revision):
@@ -67,6 +90,70 @@ def _path_problems(name: str, model: Model, revision: str) -> list[str]:
     if model.get("copy") and not (Path(path) / "config.json").is_file():
         return [f"{name}: there is no {path}/config.json on the controller (with `copy: false`, it is one on the host)"]
     return []
+
+
+def _url_problems(name: str, files: Any) -> list[str]:
+    if not isinstance(files, Sequence) or isinstance(files, str) or not files:
+        return [f"{name}: files is `{files}`; it takes a list of entries with url and sha256"]
+    found = []
+    for number, file in enumerate(files, 1):
+        if not isinstance(file, Mapping):
+            found.append(f"{name}: files[{number}] is `{file}`; it takes url, sha256 and, if the name differs, path")
+            continue
+        # Without what follows the question mark: it may be a signature.
+        url = urlsplit(str(file.get("url") or ""))
+        where = f"{name}: {file.get('path') or url.path.rpartition('/')[2] or f'files[{number}]'}"
+        if url.scheme not in ("https", "http", "file") or not url.path.strip("/"):
+            found.append(f"{where}: url is `{bare(file)}`; it looks like https://mirror.example/model/config.json")
+        elif "@" in url.netloc:
+            found.append(f"{where}: url has a password in it; put an Authorization header into model_store_url_headers")
+        if not re.fullmatch(r"[0-9a-fA-F]{64}", str(file.get("sha256") or "")):
+            found.append(
+                f"{where}: sha256 is `{file.get('sha256') or ''}`; it takes the 64 hexadecimal digits that `sha256sum` "
+                "prints for the file"
+            )
+        path = path_of(file)
+        if not path or path.startswith(("/", ".cache/", MANIFEST)) or {"", ".", ".."} & set(path.split("/")):
+            found.append(f"{where}: path is `{path}`; it takes the file's name below the model, such as config.json")
+    names = [path_of(file) for file in files if isinstance(file, Mapping)]
+    for path in sorted({path for path in names if names.count(path) > 1}):
+        found.append(f"{name}: {path} is given {names.count(path)} times in files; `path` gives a file another name")
+    return found
+
+
+def header_problems(headers: Mapping[str, Any]) -> list[str]:
+    """What is wrong with model_store_url_headers; the values are secret and not shown."""
+    found = []
+    for address, values in headers.items():
+        url = urlsplit(str(address))
+        if url.scheme not in ("https", "http") or not url.netloc or "@" in url.netloc:
+            found.append(f"model_store_url_headers: `{address}` is no address; it looks like https://mirror.example/")
+        if not isinstance(values, Mapping) or not all(
+            re.fullmatch(r"[A-Za-z0-9-]+", str(key)) and isinstance(value, str) and value.isprintable()
+            for key, value in values.items()
+        ):
+            found.append(
+                f"model_store_url_headers: {address} takes headers with their values, such as "
+                "`Authorization: Bearer ...`, each on one line"
+            )
+    return found
+
+
+def bare(file: Mapping[str, Any]) -> str:
+    """The address of a file without its query and without a password: either may be secret."""
+    url = urlsplit(str(file.get("url") or ""))
+    return urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))
+
+
+def path_of(file: Mapping[str, Any]) -> str:
+    """The name of a file below its model."""
+    return str(file.get("path") or unquote(urlsplit(str(file.get("url") or "")).path).rpartition("/")[2])
+
+
+def queries(models: Sequence[Model], name: str) -> dict[str, str]:
+    """What follows the question mark in the addresses of a model, by file: the signature of a presigned address."""
+    files = next((model.get("files") or [] for model in models if model["name"] == name), [])
+    return {path_of(file): urlsplit(file["url"]).query for file in files}
 
 
 def files_of(directory: Path) -> list[Path]:
@@ -103,7 +190,17 @@ def plan(models: Sequence[Model]) -> list[Model]:
     """Add to each model the name of its revision's directory (none when only linked) and, for a copy, its size."""
     planned = []
     for model in models:
-        entry = {"copy": False, "revision": "", "exclude": list(EXCLUDE), **model, "directory": "", "size": 0}
+        entry = {"copy": False, "revision": "", **model, "directory": "", "size": 0}
+        if model["source"] in HUBS:
+            entry = {"exclude": list(EXCLUDE), **entry}
+        if model["source"] == "url":
+            # Named by what it holds: the same files from another mirror, or by a newer signature, are the same revision.
+            entry["files"] = [
+                {"path": path_of(file), "url": bare(file), "sha256": str(file["sha256"]).lower()}
+                for file in model["files"]
+            ]
+            held = sorted(f"{file['path']}\0{file['sha256']}\n" for file in entry["files"])
+            entry["revision"] = hashlib.sha256("".join(held).encode()).hexdigest()
         if model["source"] == "path" and entry["copy"]:
             source = Path(model["path"])
             entry["revision"] = str(entry["revision"] or fingerprint(source))

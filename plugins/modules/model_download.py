@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 ---
 module: model_download
-short_description: Download a model from a Hugging Face hub into the store, with progress
+short_description: Download a model into the store, with progress
 description:
   - Runs the download as an unprivileged user in a transient systemd unit, so that a lost connection or a killed
     playbook does not stop it. A second run attaches to the one that runs.
@@ -35,7 +35,7 @@ options:
     type: str
     default: model-store
   python:
-    description: A Python that has huggingface_hub.
+    description: A Python that has the client library of the source.
     type: path
     required: true
   program:
@@ -43,13 +43,21 @@ options:
     type: path
     required: true
   endpoint:
-    description: The hub.
+    description: The hub that the repository of O(model) is on.
     type: str
-    default: https://huggingface.co
+    default: ''
   token:
     description: Token for the hub.
     type: str
     default: ''
+  headers:
+    description: For addresses, the headers of those that begin with a key.
+    type: dict
+    default: {}
+  queries:
+    description: For addresses, what follows the question mark, by the name of the file.
+    type: dict
+    default: {}
   parallel:
     description: Files at the same time.
     type: int
@@ -79,10 +87,12 @@ EXAMPLES = r"""
     model:
       name: qwen2.5-7b
       directory: qwen2.5-7b-a09a35458c70
+      source: huggingface
       repository: Qwen/Qwen2.5-7B-Instruct
       revision: a09a35458c702b33eeacc393d103063234e8bc28
     python: /opt/model-store/huggingface-hub-2.4.0/bin/python
-    program: /opt/model-store/fetch_model.py
+    program: /opt/model-store/fetch/fetch_model.py
+    endpoint: https://huggingface.co
     token: "{{ vault_hf_token }}"
 """
 
@@ -136,10 +146,12 @@ def job_of(parameters: dict[str, Any]) -> dict[str, Any]:
     model = parameters["model"]
     return {
         "name": model["name"],
-        "repository": model["repository"],
+        "source": model["source"],
+        "repository": model.get("repository") or "",
         "revision": model["revision"],
         "include": model.get("include") or [],
         "exclude": model.get("exclude") or [],
+        "files": model.get("files") or [],
         "staging": str(Path(parameters["path"]) / ".partial" / model["directory"]),
         "status": str(status_file(parameters)),
         "endpoint": parameters["endpoint"].rstrip("/"),
@@ -156,7 +168,7 @@ def command(parameters: dict[str, Any], secrets: Path) -> list[str]:
         "Type=exec",
         f"User={parameters['user']}",
         f"LoadCredential=job:{secrets}/job",
-        f"LoadCredential=hf_token:{secrets}/hf_token",
+        f"LoadCredential=secrets:{secrets}/secrets",
         "ProtectSystem=strict",
         f"ReadWritePaths={parameters['path']}",
         "PrivateTmp=yes",
@@ -210,10 +222,13 @@ class Download:
         RUN.mkdir(mode=0o700, exist_ok=True)
         secrets.mkdir(mode=0o700, exist_ok=True)
         try:
-            contents = {"job": json.dumps(job_of(self.parameters)), "hf_token": self.parameters["token"]}
+            contents = {
+                "job": job_of(self.parameters),
+                "secrets": {name: self.parameters[name] for name in ("token", "headers", "queries")},
+            }
             for name, content in contents.items():
                 with os.fdopen(os.open(secrets / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                    file.write(content)
+                    json.dump(content, file)
             # Type=exec: it returns when the program runs, and then the credentials were read.
             rc, _out, error = self.module.run_command(command(self.parameters, secrets))
         finally:
@@ -248,8 +263,10 @@ def main() -> None:
             "user": {"type": "str", "default": "model-store"},
             "python": {"type": "path", "required": True},
             "program": {"type": "path", "required": True},
-            "endpoint": {"type": "str", "default": "https://huggingface.co"},
+            "endpoint": {"type": "str", "default": ""},
             "token": {"type": "str", "default": "", "no_log": True},
+            "headers": {"type": "dict", "default": {}, "no_log": True},
+            "queries": {"type": "dict", "default": {}, "no_log": True},
             "parallel": {"type": "int", "default": 8},
             "reserve_bytes": {"type": "int", "default": 0},
             "environment": {"type": "dict", "default": {}},

@@ -54,6 +54,10 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+user_ready:
+  description: Whether the user is there and cannot log in. Without the user nothing is done and every model is missing.
+  type: bool
+  returned: success
 missing:
   description: Names of the models that have to be fetched.
   type: list
@@ -102,13 +106,25 @@ class Store:
         self.changed = False
         self.missing: list[str] = []
         self.removed: list[str] = []
+        self.uid = self.gid = -1
+        self.user_ready = False
         try:
             user = pwd.getpwnam(parameters["user"])
-            self.uid, self.gid = user.pw_uid, grp.getgrgid(user.pw_gid).gr_gid
-        except KeyError as error:
-            if not check_mode:
-                raise ModelError(f"there is no user {parameters['user']}") from error
-            self.uid = self.gid = -1
+        except KeyError:
+            return
+        self.uid, self.gid = user.pw_uid, grp.getgrgid(user.pw_gid).gr_gid
+        self.user_ready = (user.pw_dir, user.pw_shell) == ("/nonexistent", "/usr/sbin/nologin")
+
+    def look(self) -> None:
+        """Do what can be done without a network, and note what is missing."""
+        if self.uid < 0 and not self.check_mode:
+            self.missing = [model["name"] for model in self.parameters["models"]]
+            return
+        self.directories()
+        for model in self.parameters["models"]:
+            self.place(model)
+        if not self.parameters["arrived_name"]:
+            self.room()
 
     def directories(self) -> None:
         """The store and its parts are there and belong to its user."""
@@ -187,15 +203,11 @@ def main() -> None:
     )
     try:
         store = Store(module.params, module.check_mode)
-        store.directories()
-        for model in module.params["models"]:
-            store.place(model)
-        if not module.params["arrived_name"]:
-            store.room()
+        store.look()
     except (ModelError, OSError) as error:
         module.fail_json(msg=str(error))
     changed = store.changed or (module.check_mode and bool(store.missing))
-    module.exit_json(changed=changed, missing=store.missing, removed=store.removed)
+    module.exit_json(changed=changed, missing=store.missing, removed=store.removed, user_ready=store.user_ready)
 
 
 if __name__ == "__main__":

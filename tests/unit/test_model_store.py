@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import grp
+import importlib
 import json
 import os
 import pwd
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,20 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 def hub(**more: Any) -> dict[str, Any]:
     return {"name": "tiny", "source": "huggingface", "repository": "acme/tiny", "revision": COMMIT, **more}
+
+
+def url(**more: Any) -> dict[str, Any]:
+    """A model of two files, one of them by a presigned address."""
+    files = [
+        {"url": "https://mirror.example/tiny/config.json", "sha256": "a" * 64},
+        {"url": "https://s3.example/tiny/m%201.bin?X-Amz-Signature=secret", "sha256": "B" * 64, "path": "sub/m.bin"},
+    ]
+    return {"name": "tiny", "source": "url", "files": files, **more}
+
+
+def one(**file: Any) -> dict[str, Any]:
+    """A model of one file, which is right but for what is given."""
+    return url(files=[{"url": "https://mirror.example/config.json", "sha256": "a" * 64, **file}])
 
 
 @pytest.fixture
@@ -43,12 +59,36 @@ def copied(source: Path, **more: Any) -> dict[str, Any]:
     [
         (hub(name="Tiny"), "`Tiny` is no name for a model"),
         (hub(name="../etc"), "is no name for a model"),
-        (hub(source="ftp"), "source is `ftp`; known are huggingface and path"),
+        (hub(source="ftp"), "source is `ftp`; known are huggingface, modelscope, url and path"),
         (hub(repository="tiny"), "repository is `tiny`; it looks like"),
         (hub(repository=None), "repository is `None`"),
         (hub(revision="main"), "revision is `main`; it takes the 40 hexadecimal digits"),
         (hub(revision=COMMIT[:12]), "it takes the 40 hexadecimal digits"),
         (hub(revision=""), "it takes the 40 hexadecimal digits"),
+        (hub(source="modelscope", revision="master"), "revision is `master`; it takes the 40 hexadecimal digits"),
+        (
+            hub(files=[]),
+            "tiny: `files` means nothing for source huggingface; it takes repository, revision, include and",
+        ),
+        (url(revision=COMMIT), "tiny: `revision` means nothing for source url; it takes files"),
+        (url(files=[]), "tiny: files is `[]`; it takes a list of entries with url and sha256"),
+        (url(files="https://mirror.example/x"), "it takes a list of entries with url and sha256"),
+        (url(files=["https://mirror.example/x"]), "files[1] is `https://mirror.example/x`; it takes url, sha256 and"),
+        (one(sha256="A" * 63), f"tiny: config.json: sha256 is `{'A' * 63}`; it takes the 64 hexadecimal digits"),
+        (one(sha256=None), "config.json: sha256 is ``; it takes the 64"),
+        (one(url="mirror.example/config.json"), "url is `mirror.example/config.json`; it looks like https://"),
+        (
+            one(url="ftp://mirror.example/config.json"),
+            "url is `ftp://mirror.example/config.json`; it looks like https://",
+        ),
+        (
+            one(url="https://me:pw@mirror.example/config.json"),
+            "put an Authorization header into model_store_url_headers",
+        ),
+        (one(path="../config.json"), "path is `../config.json`; it takes the file's name below the model"),
+        (one(path="/etc/passwd"), "path is `/etc/passwd`; it takes"),
+        (one(path=".model.json"), "path is `.model.json`; it takes"),
+        (url(files=2 * one()["files"]), "config.json is given 2 times in files; `path` gives a file another name"),
         ({"name": "tiny", "source": "path"}, "path is ``; it takes an absolute path"),
         ({"name": "tiny", "source": "path", "path": "models/x"}, "it takes an absolute path"),
         ({"name": "tiny", "source": "path", "path": "/none", "copy": True}, "there is no /none/config.json on the con"),
@@ -58,17 +98,21 @@ def copied(source: Path, **more: Any) -> dict[str, Any]:
 def test_what_is_wrong_is_named(model: dict[str, Any], message: str) -> None:
     found = rules.problems([model])
     assert len(found) == 1
+    assert found[0].startswith("model_store_models: ")
     assert message in found[0]
 
 
 def test_what_is_right_passes(source: Path) -> None:
     linked = {"name": "other", "source": "path", "path": "/mnt/model"}
-    assert rules.problems([hub(), copied(source, name="copied"), linked]) == []
+    assert rules.problems([hub(), copied(source, name="copied"), linked, url(name="files")]) == []
+    assert rules.problems([hub(source="modelscope")]) == []
     assert rules.problems([hub(revision="main")], allow_moving=True) == []
 
 
 def test_a_name_is_given_once() -> None:
-    assert rules.problems([hub(), hub()]) == ["the name `tiny` is given 2 times; each model needs a name of its own"]
+    assert rules.problems([hub(), hub()]) == [
+        "model_store_models: the name `tiny` is given 2 times; each model needs a name of its own"
+    ]
 
 
 def test_the_plan_names_directories(source: Path) -> None:
@@ -79,6 +123,48 @@ def test_the_plan_names_directories(source: Path) -> None:
     assert planned["size"] == 9
     assert planned["directory"] == f"tiny-{rules.fingerprint(source)[:12]}"
     assert rules.plan([copied(source, revision="r1")])[0]["directory"] == "tiny-r1"
+
+
+def test_a_model_from_addresses_is_named_by_its_hashes_and_hides_signatures() -> None:
+    planned = rules.plan([url()])[0]
+    assert "secret" not in json.dumps(planned)
+    assert planned["files"][1] == {"path": "sub/m.bin", "url": "https://s3.example/tiny/m%201.bin", "sha256": "b" * 64}
+    assert rules.queries([hub(name="other"), url()], "tiny")["sub/m.bin"] == "X-Amz-Signature=secret"
+    assert rules.queries([hub()], "tiny") == {}
+    moved = url(files=[{**file, "path": rules.path_of(file), "url": "https://b.example/x"} for file in url()["files"]])
+    assert rules.plan([moved])[0]["directory"] == planned["directory"]
+    assert rules.plan([one()])[0]["directory"] != planned["directory"]
+    # patterns are for hubs; whoever lists files wants all of them
+    assert "exclude" not in planned
+
+
+@pytest.mark.parametrize(
+    ("headers", "message"),
+    [
+        ({"Authorization": "Bearer secret"}, "`Authorization` is no address; it looks like https://mirror.example/"),
+        ({"https://a.example/": "Bearer secret"}, "https://a.example/ takes headers with their values"),
+        ({"https://a.example/": {"Authorization": "two\nlines secret"}}, "each on one line"),
+    ],
+)
+def test_what_is_wrong_with_headers_is_named_without_their_values(headers: dict[str, Any], message: str) -> None:
+    found = " ".join(rules.header_problems(headers))
+    assert message in found
+    assert "secret" not in found
+    assert rules.header_problems({"https://a.example/x": {"Authorization": "Bearer secret"}}) == []
+
+
+def test_headers_go_only_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the host, without Ansible: the address of every request and of every redirect is looked up."""
+    monkeypatch.syspath_prepend(str(ROOT / "roles/model_store/files/fetch"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    downloader = importlib.import_module("from_url")
+    rules_of = {"https://a.example/models": {"Authorization": "Bearer secret"}}
+    asked = {
+        "https://a.example/models/x": True, "https://a.example/models": True, "https://A.example/models/x": True,
+        "https://a.example/models2/x": False, "https://a.example/x": False, "https://a.example.evil/models/x": False,
+        "http://a.example/models/x": False, "https://a.example:8443/models/x": False,
+    }  # fmt: skip
+    assert {address: bool(downloader.headers_for(address, rules_of)) for address in asked} == asked
 
 
 def test_the_fingerprint_follows_the_content(source: Path) -> None:
@@ -94,7 +180,15 @@ def test_the_default_of_exclude_is_the_documented_one() -> None:
     assert options["exclude"]["default"] == list(rules.EXCLUDE)
     assert rules.plan([hub()])[0]["exclude"] == list(rules.EXCLUDE)
     assert rules.plan([hub(exclude=[])])[0]["exclude"] == []
-    assert options["source"]["choices"] == list(rules.SOURCES)
+    assert options["source"]["choices"] == list(rules.KEYS)
+
+
+def test_without_the_user_nothing_is_done(tmp_path: Path, source: Path) -> None:
+    keeper = Keeper(tmp_path)
+    keeper.user = "nobody-has-this-name"
+    store = keeper.run(copied(source))
+    assert (store.user_ready, store.changed, store.missing) == (False, False, ["tiny"])
+    assert not keeper.path.exists()
 
 
 class Keeper:
@@ -111,11 +205,7 @@ class Keeper:
             "keep_revisions": 2, "reserve_bytes": 0, **more,
         }  # fmt: skip
         store = module.Store(parameters, check)
-        store.directories()
-        for model in parameters["models"]:
-            store.place(model)
-        if not parameters["arrived_name"]:
-            store.room()
+        store.look()
         return store
 
     def arrive(self, source: Path, model: dict[str, Any]) -> module.Store:
@@ -212,7 +302,8 @@ def test_a_disk_that_is_too_small_is_refused(keeper: Keeper, source: Path) -> No
 def test_secrets_are_in_no_command(tmp_path: Path) -> None:
     parameters = {
         "path": "/srv/models", "user": "model-store", "python": "/p", "program": "/f", "endpoint": "https://hub/",
-        "token": "hf_secret", "parallel": 8, "reserve_bytes": 1, "environment": {"HTTPS_PROXY": "http://me:pw@p"},
+        "token": "hf_secret", "headers": {"https://a/": {"Authorization": "Bearer hf_secret"}},
+        "queries": {"x": "hf_secret"}, "parallel": 8, "reserve_bytes": 1, "environment": {"HTTPS_PROXY": "http://me:pw@p"},
         "pause": 5, "model": rules.plan([hub()])[0],
     }  # fmt: skip
     line = " ".join(model_download.command(parameters, tmp_path))
@@ -225,7 +316,7 @@ def test_secrets_are_in_no_command(tmp_path: Path) -> None:
 
 def test_the_line_of_progress() -> None:
     progress = model_progress.Progress()
-    assert progress.line("checking", 0, 0) == "asking the hub"
+    assert progress.line("checking", 0, 0) == "asking what there is"
     assert progress.line("downloading", 0, 15_200_000_000) == "0.0 of 15.2 GB"
     progress.add(0, 0)
     progress.add(10, 4_100_000_000)

@@ -1,5 +1,7 @@
-"""A stand-in for the Hugging Face hub: the part of its protocol that huggingface_hub uses to download a model.
+"""A stand-in for Hugging Face, ModelScope and a plain file server.
 
+It speaks the part of their protocols that huggingface_hub and modelscope_hub use to download a model. Like the real ones,
+ModelScope and the file server send their clients to a storage server for large files, which must not see a secret.
 Standard library only; runs on the test host. /srv/hub/mode (a word per line) changes how it behaves, /srv/hub/log says
 what it was asked.
 """
@@ -10,6 +12,7 @@ import hashlib
 import http.server
 import json
 import time
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,11 @@ FILES: dict[str, dict[str, bytes]] = {
     for commit in (FIRST, SECOND)
 }
 REPOSITORIES = {"acme/tiny", "acme/gated", "acme/secret", "acme/huge"}
+
+
+def large(name: str) -> bool:
+    """Whether a file is in the storage for large ones."""
+    return name.endswith(".safetensors")
 
 
 def blob_id(data: bytes) -> str:
@@ -77,6 +85,66 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with (HOME / "log").open("a") as log:
             log.write(f"{self.command} {self.path} {self.headers.get('Range', '-')}\n")
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if path.startswith("/storage/"):
+            if token or self.headers.get("Cookie"):
+                return self.refuse(400, "", "the storage server was shown a secret")
+            _empty, _storage, commit, name = path.split("/", 3)
+            return self.send(commit, name)
+        if path.startswith("/files/"):
+            return self.plain(path, token)
+        if path.startswith(("/api/v1/", "/openapi/v1/")):
+            return self.modelscope(path, token)
+        return self.huggingface(path, token)
+
+    def redirect(self, commit: str, name: str) -> None:
+        """To the storage server: this one by another name."""
+        self.send_response(302)
+        self.send_header("Location", f"http://localhost:8199/storage/{commit}/{name}")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def plain(self, path: str, token: str) -> None:
+        """/files/open/<commit>/<name>, and /files/closed/ with the token."""
+        _empty, _files, kind, commit, name = path.split("/", 4)
+        if kind == "closed" and token != GOOD:
+            return self.refuse(401, "", "no token")
+        if name not in FILES.get(commit, {}):
+            return self.refuse(404, "", "Not Found")
+        return self.redirect(commit, name) if name.endswith(".safetensors") else self.send(commit, name)
+
+    def modelscope(self, path: str, token: str) -> None:
+        """The two APIs of ModelScope that its client uses."""
+        if token and token != GOOD:
+            return self.refuse(401, "", "user not logged in")
+        if path == "/openapi/v1/users/me":
+            return self.answer({"success": True, "data": {"username": "tester"}})
+        parts = path.strip("/").split("/")
+        repository = "/".join(parts[3:5])
+        if (
+            parts[:3] != ["api", "v1", "models"]
+            or repository not in REPOSITORIES
+            or (repository == "acme/secret" and not token)
+        ):
+            return self.refuse(404, "", "record not found")
+        query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))
+        commit = FIRST if query.get("Revision") == "master" else query.get("Revision", "")
+        if parts[5:] == []:
+            return self.answer({"Code": 200, "Data": {"Path": "acme", "Name": parts[4], "Visibility": 5}})
+        if parts[5:] == ["repo", "files"]:  # a commit that is not there has no files
+            listed = [
+                {"Path": name, "Name": name, "Type": "blob", "Size": len(data), "Revision": commit, "IsLFS": large(name),
+                 "Sha256": hashlib.sha256(data).hexdigest()}
+                for name, data in FILES.get(commit, {}).items()
+            ]  # fmt: skip
+            if repository == "acme/huge":
+                listed[0]["Size"] = 10**15
+            return self.answer({"Code": 200, "Data": {"Files": listed}})
+        if repository == "acme/gated":
+            return self.refuse(403, "", "no permission")
+        name = query["FilePath"]
+        return self.redirect(commit, name) if large(name) else self.send(commit, name)
+
+    def huggingface(self, path: str, token: str) -> None:
         if token and token != GOOD:
             return self.refuse(401, "", "Invalid credentials in Authorization header")
         if path == "/api/whoami-v2":
@@ -124,36 +192,37 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, commit: str, name: str) -> None:
         data, modes = FILES[commit][name], self.modes()
-        large = name.endswith(".safetensors")
-        etag = hashlib.sha256(data).hexdigest() if large else blob_id(data)
-        if "corrupt" in modes and large:
-            data = b"X" + data[1:]
-        start = 0
-        if wanted := self.headers.get("Range"):
-            start = int(wanted.removeprefix("bytes=").partition("-")[0] or 0)
-        self.send_response(206 if start else 200)
+        etag = hashlib.sha256(data).hexdigest() if large(name) else blob_id(data)
+        if "corrupt" in modes and large(name):
+            data = data[:-1] + b"X"
+        start, end = 0, len(data) - 1
+        wanted = self.headers.get("Range")
+        if wanted:
+            first, _dash, last = wanted.removeprefix("bytes=").partition("-")
+            start, end = int(first or 0), min(int(last or end), end)
+        self.send_response(206 if wanted else 200)
         self.send_header("X-Repo-Commit", commit)
         self.send_header("ETag", f'"{etag}"')
-        if large:
+        if large(name):
             self.send_header("X-Linked-Etag", f'"{etag}"')
             self.send_header("X-Linked-Size", str(len(data)))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        if wanted:
+            self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(data) - start))
+        self.send_header("Content-Length", str(end + 1 - start))
         self.end_headers()
         if self.command == "HEAD":
             return
-        stop = len(data)
-        if "cut" in modes and large:
+        stop = end + 1
+        if "cut" in modes and large(name) and not start and stop > 1:
             # once: the connection ends in the middle of the file
             (HOME / "mode").write_text(" ".join(modes - {"cut"}))
             stop = len(data) // 2
         for position in range(start, stop, 200_000):
             self.wfile.write(data[position : min(position + 200_000, stop)])
-            if large and "slow" in self.modes():  # asked each time: a test ends it
+            if large(name) and "slow" in self.modes():  # asked each time: a test ends it
                 time.sleep(1)
-        if stop < len(data):
+        if stop < end + 1:
             self.wfile.flush()
             self.close_connection = True
 

@@ -1,10 +1,14 @@
-"""What the store promises, with the real huggingface_hub against a hub on the test host (files/hub.py)."""
+"""What the store promises, with the real huggingface_hub against a hub on the test host (files/hub.py).
+
+What ModelScope and plain addresses have in common with it is not tested again in test_sources.py.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -54,7 +58,7 @@ def fresh_hub(host: Host) -> Iterator[None]:
 
 def test_every_source_is_under_its_name(host: Host) -> None:
     assert host.file(f"{STORE}/tiny-mounted").linked_to == "/srv/mounted/tiny"
-    for name in ("tiny-copied", "tiny-hub"):
+    for name in ("tiny-copied", "tiny-hub", "tiny-modelscope", "tiny-url"):
         directory = host.check_output(f"readlink {STORE}/{name}")
         assert directory.startswith(f".revisions/{name}-")
         manifest = json.loads(host.file(f"{STORE}/{name}/.model.json").content_string)
@@ -63,9 +67,10 @@ def test_every_source_is_under_its_name(host: Host) -> None:
             assert (there.user, there.mode, there.size) == ("model-store", 0o644, wanted["size"])
             assert there.sha256sum == wanted["sha256"]
     weights = hashlib.shake_256(FIRST.encode()).digest(8_000_000)
-    assert host.file(f"{STORE}/tiny-hub/model.safetensors").sha256sum == hashlib.sha256(weights).hexdigest()
-    # other formats of the same weights are left out
-    assert not host.file(f"{STORE}/tiny-hub/original").exists
+    for name in ("tiny-hub", "tiny-modelscope", "tiny-url"):
+        assert host.file(f"{STORE}/{name}/model.safetensors").sha256sum == hashlib.sha256(weights).hexdigest()
+        # other formats of the same weights are left out
+        assert not host.file(f"{STORE}/{name}/original").exists
     assert host.check_output(f"ls -A {STORE}/.partial") == ""
 
 
@@ -75,11 +80,12 @@ def test_the_user_cannot_log_in(host: Host) -> None:
     assert user.shell == "/usr/sbin/nologin"
 
 
-def test_a_second_run_asks_no_hub_and_changes_nothing(host: Host) -> None:
-    mounted: dict[str, object] = {"name": "tiny-mounted", "source": "path", "path": "/srv/mounted/tiny"}
-    said = store(host, [hub("tiny-hub"), mounted])
+def test_a_second_run_asks_no_hub_and_makes_one_call(host: Host) -> None:
+    said = applied(host, "model_store", "-vvv")
     assert not changed(said)
     assert asked(host) == []
+    calls = re.findall(r"Using module file \S*/(\w+)\.py", said)
+    assert [call for call in calls if call not in ("setup", "host_facts")] == ["model_store"]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +291,11 @@ def test_a_disk_that_is_not_mounted_is_named(host: Host) -> None:
 
 
 def test_what_makes_no_sense_is_refused_before_any_change(host: Host) -> None:
-    said = refuse(host, [hub("twice", revision="main"), hub("twice")])
+    plain: dict[str, object] = {"name": "plain", "source": "url", "repository": "acme/tiny"}
+    plain["files"] = [{"url": "https://mirror.example/config.json", "sha256": "abc"}]
+    said = refuse(host, [hub("twice", revision="main"), hub("twice"), plain])
+    assert "plain: `repository` means nothing for source url; it takes files" in said
+    assert "plain: config.json: sha256 is `abc`; it takes the 64 hexadecimal digits" in said
     assert "the name `twice` is given 2 times" in said
     assert "twice: revision is `main`; it takes the 40 hexadecimal digits of a commit" in said
     assert asked(host) == []

@@ -1,0 +1,193 @@
+"""Downloads one model into a staging directory and verifies it.
+
+Runs on the host as an unprivileged user in a transient systemd unit, started by the module model_download. What to do
+is in the credential `job`, tokens and the like in the credential `secrets`; neither is in argv or in the unit. How it
+goes is in the job's status file. It ends with a manifest in the staging directory; the module model_store puts it under
+its name. What is special to a source is in from_<source>.py.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import errno
+import fnmatch
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+from job import File, Job, RefusedError, Source
+
+MANIFEST = ".model.json"
+ATTEMPTS = 5
+SOURCES = {"huggingface": "HuggingFace", "modelscope": "ModelScope", "url": "Url"}
+
+
+def environment(job: Job) -> dict[str, str]:
+    """What the client libraries read when they are imported: no token that lies around, nothing outside of the job."""
+    home, endpoint = str(job.staging / ".cache/home"), job.wanted["endpoint"]
+    return {
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": home,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+        "MODELSCOPE_ENDPOINT": endpoint,
+        "MODELSCOPE_HOME": home,
+        "MODELSCOPE_CACHE": home,
+        # An hour for a file, its default, is too little for a shard of 50 GB.
+        "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": str(7 * 24 * 3600),
+    }
+
+
+def choose(job: Job, files: dict[str, File]) -> dict[str, File]:
+    """The files that are wanted, by name. A pattern that ends in a slash means what is below it."""
+
+    def matches(name: str, patterns: list[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, f"{entry}*" if entry.endswith("/") else entry) for entry in patterns)
+
+    include, exclude = job.wanted["include"], job.wanted["exclude"]
+    chosen = {
+        name: file
+        for name, file in files.items()
+        if (not include or matches(name, include)) and not matches(name, exclude)
+    }
+    if not chosen:
+        raise RefusedError(f"include and exclude leave no file of {job.what} over; it has {', '.join(sorted(files))}")
+    return chosen
+
+
+def room(job: Job, total: int) -> None:
+    """Refuse before the download what the disk cannot hold."""
+    free = shutil.disk_usage(job.staging).free
+    missing = max(total - job.on_disk(), 0)
+    if missing + job.wanted["reserve"] > free:
+        raise RefusedError(
+            f"{job.what} needs {missing / 1e9:.1f} GB more, but {job.staging.parent.parent} has "
+            f"{free / 1e9:.1f} GB free and {job.wanted['reserve'] / 1e9:.1f} GB shall stay free (model_store_minimum_free_gb)"
+        )
+
+
+def download(job: Job, source: Source, chosen: dict[str, File]) -> None:
+    """Fetch the files, several at the same time, the largest first."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(1):
+            job.say(done=job.on_disk())
+
+    def fetch(name: str) -> None:
+        target, size = job.target(name), chosen[name].size
+        if target.exists() and size in (None, target.stat().st_size):
+            return  # its content is verified with the others
+        source.fetch(name, chosen[name])
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    pool = concurrent.futures.ThreadPoolExecutor(job.wanted["parallel"])
+    try:
+        running = [pool.submit(fetch, name) for name in sorted(chosen, key=lambda name: -(chosen[name].size or 0))]
+        for one in concurrent.futures.as_completed(running):
+            one.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        stop.set()
+        watcher.join()
+
+
+def verify(job: Job, chosen: dict[str, File]) -> dict[str, dict[str, int | str]]:
+    """Compare every file with what the source says that it is: by SHA-256, or by git's name for it."""
+    found: dict[str, dict[str, int | str]] = {}
+    for name, file in sorted(chosen.items()):
+        path = job.staging / name
+        size = path.stat().st_size
+        sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+        with path.open("rb") as content:
+            while block := content.read(1 << 20):
+                sha256.update(block)
+                if not file.sha256:
+                    blob.update(block)
+        wanted, got = (file.sha256, sha256.hexdigest()) if file.sha256 else (file.blob, blob.hexdigest())
+        if file.size not in (None, size) or wanted != got:
+            path.unlink()
+            if job.wanted["files"]:
+                raise RefusedError(
+                    f"{name} is not what model_store_models says: sha256 is {wanted} there, but {got} of the {size} bytes "
+                    "that came. They were removed. Either sha256 is wrong, or the address gives another file than it did, "
+                    "or a proxy damages it"
+                )
+            raise RefusedError(
+                f"{name} is not what the hub says: expected {file.size} bytes, {wanted}, got {size} bytes, {got}. It was "
+                "removed and is fetched anew in the next run; if that fails too, the mirror or a proxy damages it"
+            )
+        found[name] = {"size": size, "sha256": sha256.hexdigest()}
+    for path in job.staging.rglob("*"):
+        inside = path.relative_to(job.staging)
+        if path.is_file() and inside.parts[0] != ".cache" and str(inside) not in chosen:
+            path.unlink()  # from an earlier, interrupted run that wanted other files
+    return found
+
+
+def work(job: Job, source: Source) -> None:
+    """Do all of it."""
+    job.staging.mkdir(parents=True, exist_ok=True)
+    commit, files = source.look()
+    chosen = choose(job, files)
+    total = sum(file.size or 0 for file in chosen.values())
+    room(job, total)
+    job.say(state="downloading", total=total, done=job.on_disk())
+    download(job, source, chosen)
+    job.say(state="verifying", done=total)
+    manifest = {
+        **{key: job.wanted[key] for key in ("name", "source", "repository", "revision")},
+        "path": "",
+        "commit": commit,
+        "files": verify(job, chosen),
+    }
+    aside = job.staging / f"{MANIFEST}.new"
+    aside.write_text(json.dumps(manifest, indent=2) + "\n")
+    aside.replace(job.staging / MANIFEST)
+    job.say(state="done", done=total)
+
+
+def main() -> int:
+    """Try a few times what a network can break, and say how it ended."""
+    credentials = Path(os.environ["CREDENTIALS_DIRECTORY"])
+    job = Job(*(json.loads((credentials / name).read_text()) for name in ("job", "secrets")))
+    os.environ.update(job.wanted["environment"])
+    os.environ.update(environment(job))
+    job.say()
+    kind = job.wanted["source"]
+    source: Source = getattr(importlib.import_module(f"from_{kind}"), SOURCES[kind])(job)
+    said, failed, most = "", 0, 0
+    while failed < ATTEMPTS:
+        try:
+            work(job, source)
+            return 0
+        except RefusedError as error:
+            job.say(state="failed", message=str(error))
+            return 1
+        except source.network as error:
+            # What a network can break. Anything else is a fault of this program and ends it: the journal shows where.
+            said = f"{type(error).__name__}: {error}"
+            # An attempt that brought something does not count: a line that breaks every hour gets there too.
+            failed, most = (1 if job.on_disk() > most else failed + 1), max(job.on_disk(), most)
+            print(f"attempt {failed} of {ATTEMPTS}: {said}", flush=True)
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                job.say(state="failed", message=f"{job.staging} cannot be written: {said}")
+                return 1
+        if failed < ATTEMPTS:
+            time.sleep(job.wanted["pause"] * failed)
+    where = job.wanted["endpoint"] or "its source"
+    job.say(state="failed", message=f"{where} cannot be used after {ATTEMPTS} attempts: {said}")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

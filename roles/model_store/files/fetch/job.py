@@ -1,0 +1,99 @@
+"""What every source of models shares: the job, how far it is, and what it fetches."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+
+class RefusedError(Exception):
+    """A reason that trying again would not change, in words for the operator."""
+
+
+@dataclasses.dataclass
+class File:
+    """What the source says about a file. A size of None is not known before the file is here."""
+
+    size: int | None
+    sha256: str = ""
+    blob: str = ""  # what git calls the file: Hugging Face has no SHA-256 of small ones
+
+
+class Job:
+    """What is to be done, and how far it is."""
+
+    def __init__(self, wanted: dict[str, Any], secrets: dict[str, Any]) -> None:
+        self.wanted, self.secrets = wanted, secrets
+        self.staging = Path(wanted["staging"])
+        self.what: str = wanted["repository"] or wanted["name"]
+        self.state: dict[str, Any] = {
+            "state": "checking",
+            "done": 0,
+            "total": 0,
+            "message": "",
+            "directory": self.staging.name,
+        }
+        self.lock = threading.Lock()
+
+    def say(self, **news: Any) -> None:
+        """Write the status file."""
+        with self.lock:
+            self.state.update(news, time=time.time())
+            path = Path(self.wanted["status"])
+            aside = path.with_suffix(".new")
+            aside.write_text(json.dumps(self.state) + "\n")
+            aside.replace(path)
+
+    def on_disk(self) -> int:
+        """Bytes in the staging directory, with the files that are still on their way."""
+        total = 0
+        for folder, _folders, names in os.walk(self.staging):
+            for name in names:
+                try:
+                    status = (Path(folder) / name).stat()
+                except OSError:
+                    continue  # renamed meanwhile
+                total += min(status.st_size, status.st_blocks * 512)
+        return total
+
+    def target(self, name: str) -> Path:
+        """Where a file of the model belongs."""
+        path = (self.staging / name).resolve()
+        if not path.is_relative_to(self.staging.resolve()):
+            raise RefusedError(f"{self.what} has a file that would lie outside of the model: {name}")
+        return path
+
+    def part(self, name: str) -> Path:
+        """Where a file grows until it is whole."""
+        path = self.staging / ".cache/parts" / hashlib.sha256(name.encode()).hexdigest()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def arrived(self, name: str) -> None:
+        """Give a file that is whole its name."""
+        target = self.target(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.part(name).replace(target)
+
+
+class Source:
+    """What a source can do. `network` are the errors that another attempt may get around."""
+
+    network: tuple[type[Exception], ...] = (OSError,)
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def look(self) -> tuple[str, dict[str, File]]:
+        """Say which commit it is and which files it has; tell apart why it may not be had."""
+        raise NotImplementedError
+
+    def fetch(self, name: str, file: File) -> None:
+        """Put one file in its place, going on where an earlier run stopped."""
+        raise NotImplementedError
