@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ansible_collections.gpufleet.llm.plugins.module_utils import vllm
+from ansible_collections.gpufleet.llm.plugins.module_utils import vllm, vllm_host
 
 
 def vllm_instance_problems(
@@ -20,6 +20,11 @@ def vllm_model_problems(instances: Sequence[Mapping[str, Any]], models: Sequence
     return vllm.model_problems(instances, [str(model.get("name")) for model in models])
 
 
+def vllm_host_problems(generations: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], device: str) -> list[str]:
+    """Everything on the host that stands in the way of its instances, as far as its facts tell."""
+    return vllm_host.problems(generations, facts, device)
+
+
 def vllm_generations(instances: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the host needs for each instance."""
     return [vllm.generation(instance, settings) for instance in instances]
@@ -30,5 +35,5 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Name -> function."""
-        functions = (vllm_instance_problems, vllm_model_problems, vllm_generations)
+        functions = (vllm_instance_problems, vllm_model_problems, vllm_host_problems, vllm_generations)
         return {function.__name__: function for function in functions}

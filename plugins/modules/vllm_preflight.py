@@ -9,7 +9,8 @@ version_added: 0.1.0
 author: The vLLM Fleet authors
 short_description: Looks at a host and says what stands in the way of its vLLM instances
 description:
-  - Looks at models, ports, memory, disk and GPUs in one call and changes nothing.
+  - Looks at what the facts of the host do not tell, in one call, and changes nothing; at models, their weights, the release, its options,
+    disk space, and the instances that run.
   - Returns every problem at once and does not fail by itself.
 options:
   instances:
@@ -30,14 +31,24 @@ options:
     description: Disk space in GB that a release takes while it is built.
     type: int
     required: true
-  minimum_driver:
-    description: Oldest major version of the NVIDIA driver that the wheels work with.
+  gpus:
+    description: The GPUs of the host, as M(gpufleet.llm.host_facts) tells them.
+    type: list
+    elements: dict
+    default: []
+  memory_bytes:
+    description: The memory of the host.
     type: int
-    default: 580
-  minimum_compute_capability:
-    description: Lowest compute capability that the wheels work with.
-    type: float
-    default: 7.5
+    required: true
+  config_path:
+    description: Directory of the instances, as M(gpufleet.llm.vllm_generation) takes it.
+    type: path
+    default: /etc/vllm
+  inputs:
+    description: Files that an instance reads beside its generation, as M(gpufleet.llm.vllm_generation) takes them.
+    type: list
+    elements: path
+    default: []
 attributes:
   check_mode:
     description: Changes nothing.
@@ -51,6 +62,7 @@ EXAMPLES = r"""
     device: cuda
     release: /opt/vllm/releases/0.33.0-0123456789ab
     release_gb: 14
+    memory_bytes: "{{ ansible_facts['gpufleet'].memory_bytes }}"
   register: found
 """
 
@@ -64,25 +76,26 @@ release_complete:
   description: Whether the release was built to its end.
   returned: always
   type: bool
-gpus:
-  description: GPUs of the host, each with C(index), C(name), C(memory_mib), C(compute_capability) and C(driver).
+pending:
+  description: Instances that do not run a confirmed generation with the wanted content.
   returned: always
   type: list
-  elements: dict
+  elements: str
+obsolete:
+  description: Instances on the host that are not among the wanted ones.
+  returned: always
+  type: list
+  elements: str
 """
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils.gpu import NVIDIA_SMI_QUERY, parse_nvidia_smi
+from ansible_collections.gpufleet.llm.plugins.module_utils import generations, vllm_host
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import option_problems
-
-GB = 1000**3
-# What vLLM on a CPU needs beside weights and KV cache: three Python processes with PyTorch.
-CPU_OVERHEAD_GB = 2.0
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_host import GB
 
 
 def weights_bytes(model: Path) -> int:
@@ -91,111 +104,6 @@ def weights_bytes(model: Path) -> int:
         if size := sum(file.stat().st_size for file in model.glob(pattern)):
             return size
     return 0
-
-
-def listeners(root: Path = Path("/proc")) -> dict[int, set[str]]:
-    """Inodes of the sockets that listen, by port."""
-    found: dict[int, set[str]] = {}
-    for table in ("tcp", "tcp6"):
-        try:
-            lines = (root / "net" / table).read_text().splitlines()[1:]
-        except OSError:
-            continue
-        for line in lines:
-            fields = line.split()
-            if fields[3] == "0A":  # TCP_LISTEN, include/net/tcp_states.h
-                found.setdefault(int(fields[1].rsplit(":", 1)[1], 16), set()).add(fields[9])
-    return found
-
-
-def holder(inodes: set[str], root: Path = Path("/proc")) -> tuple[str, str]:
-    """Name and control group of a process that holds one of the sockets."""
-    wanted = {f"socket:[{inode}]" for inode in inodes}
-    for process in root.iterdir():
-        if not process.name.isdigit():
-            continue
-        try:
-            if any(str(file.readlink()) in wanted for file in (process / "fd").iterdir()):
-                return (process / "comm").read_text().strip(), (process / "cgroup").read_text()
-        except OSError:
-            continue
-    return "another program", ""
-
-
-def port_problems(instances: list[dict[str, Any]]) -> list[str]:
-    """Ports that something else listens on."""
-    problems = []
-    busy = listeners()
-    for instance in instances:
-        port = instance["config"]["port"]
-        if port not in busy:
-            continue
-        program, group = holder(busy[port])
-        # Our own unit, whichever instance: two instances may swap their ports.
-        if "/vllm@" not in group and "system-vllm" not in group:
-            problems.append(
-                f"vllm_instances ({instance['name']}): port {port} is taken by {program}; choose another or stop it"
-            )
-    return problems
-
-
-def memory_problems(module: AnsibleModule, instances: list[dict[str, Any]], gpus: list[dict[str, Any]]) -> list[str]:
-    """Instances whose weights cannot fit where they are to run."""
-    problems = []
-    total_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
-    need_gb = 0.0
-    for instance in instances:
-        weights_gb = weights_bytes(Path(instance["config"]["model"]).resolve()) / GB
-        if module.params["device"] == "cpu":
-            need_gb += (
-                weights_gb
-                + float(instance["environment"].get("VLLM_CPU_KVCACHE_SPACE", 4)) * 1.024**3
-                + CPU_OVERHEAD_GB
-            )
-            continue
-        memory = {gpu["index"]: gpu["memory_mib"] * 1024**2 / GB for gpu in gpus}
-        have_gb = sum(memory.get(index, 0.0) for index in instance.get("gpus") or [])
-        share = float(instance["config"].get("gpu-memory-utilization", 0.92))
-        if have_gb and weights_gb > have_gb * share:
-            problems.append(
-                f"vllm_instances ({instance['name']}): the weights take {weights_gb:.1f} GB, but its GPUs have {have_gb:.1f} GB, of which "
-                f"gpu-memory-utilization gives {have_gb * share:.1f} GB; name more GPUs or choose a smaller or quantized model"
-            )
-    if need_gb > total_gb:
-        problems.append(
-            f"vllm_instances need about {need_gb:.1f} GB of memory, but the host has {total_gb:.1f} GB; "
-            "run fewer instances or lower VLLM_CPU_KVCACHE_SPACE"
-        )
-    return problems
-
-
-def find_gpus(module: AnsibleModule) -> tuple[list[dict[str, Any]], list[str]]:
-    """The host's GPUs, and what is wrong with them."""
-    if not shutil.which("nvidia-smi"):
-        return [], [
-            "vllm_device is cuda, but nvidia-smi is not there: install the NVIDIA driver first, or set vllm_device: cpu"
-        ]
-    status, output, error = module.run_command(NVIDIA_SMI_QUERY)
-    if status:
-        return [], [f"nvidia-smi fails: {(error or output).strip()}; the driver does not work"]
-    gpus = parse_nvidia_smi(output)
-    if not gpus:
-        return [], ["vllm_device is cuda, but nvidia-smi shows no GPU"]
-    problems = []
-    minimum = module.params["minimum_driver"]
-    driver = gpus[0]["driver"]
-    if int(driver.split(".")[0]) < minimum:
-        problems.append(
-            f"the NVIDIA driver is {driver}, but this version of vLLM needs {minimum} or newer (its wheels are CUDA 13)"
-        )
-    for gpu in gpus:
-        capability = gpu["compute_capability"]
-        if capability < module.params["minimum_compute_capability"]:
-            problems.append(
-                f"GPU {gpu['index']} ({gpu['name']}) has compute capability {capability}, but vLLM needs "
-                f"{module.params['minimum_compute_capability']} or higher"
-            )
-    return gpus, problems
 
 
 def installed_option_problems(release: Path, instances: list[dict[str, Any]], module: AnsibleModule) -> list[str]:
@@ -220,8 +128,10 @@ def main() -> None:
             "device": {"type": "str", "choices": ["cuda", "cpu"], "required": True},
             "release": {"type": "path", "required": True},
             "release_gb": {"type": "int", "required": True},
-            "minimum_driver": {"type": "int", "default": 580},
-            "minimum_compute_capability": {"type": "float", "default": 7.5},
+            "gpus": {"type": "list", "elements": "dict", "default": []},
+            "memory_bytes": {"type": "int", "required": True},
+            "config_path": {"type": "path", "default": "/etc/vllm"},
+            "inputs": {"type": "list", "elements": "path", "default": []},
         },
         supports_check_mode=True,
     )
@@ -229,17 +139,6 @@ def main() -> None:
     release = Path(module.params["release"])
     complete = (release / ".complete").is_file()
     problems: list[str] = []
-    gpus: list[dict[str, Any]] = []
-
-    if module.params["device"] == "cuda":
-        gpus, problems = find_gpus(module)
-        known = {gpu["index"] for gpu in gpus}
-        for instance in instances:
-            if gpus and (unknown := sorted(set(instance.get("gpus") or []) - known)):
-                problems.append(
-                    f"vllm_instances ({instance['name']}): gpus names {', '.join(map(str, unknown))}, but the host has "
-                    f"{', '.join(map(str, sorted(known)))}"
-                )
     # In check mode on a bare host the model store is not there yet: that is no problem of the inventory's.
     for instance in instances:
         model = Path(instance["config"]["model"])
@@ -248,8 +147,11 @@ def main() -> None:
                 f"vllm_instances ({instance['name']}): the model {model.name!r} is not in {model.parent} (no {model}/config.json); "
                 "name it in model_store_models and run the role model_store first"
             )
-    problems += port_problems(instances)
-    problems += memory_problems(module, instances, gpus)
+    weights = {entry["name"]: weights_bytes(Path(entry["config"]["model"]).resolve()) / GB for entry in instances}
+    if module.params["device"] == "cpu":
+        problems += vllm_host.memory_problems(instances, module.params["memory_bytes"], weights)
+    else:
+        problems += vllm_host.weights_problems(instances, module.params["gpus"], weights)
     if complete:
         problems += installed_option_problems(release, instances, module)
     else:
@@ -260,7 +162,16 @@ def main() -> None:
                 f"{parent} has {free_gb:.1f} GB free, but building a release takes {module.params['release_gb']} GB; "
                 "make room or set vllm_releases_path"
             )
-    module.exit_json(changed=False, problems=problems, release_complete=complete, gpus=gpus)
+    inputs = generations.fingerprint(module.params["inputs"])
+    pending = [
+        entry["name"]
+        for entry in instances
+        if generations.pending(
+            generations.Instance(module, entry["name"]), generations.wanted_content(entry, inputs, str(release))
+        )
+    ]
+    obsolete = generations.obsolete(module.params["config_path"], {entry["name"] for entry in instances})
+    module.exit_json(changed=False, problems=problems, release_complete=complete, pending=pending, obsolete=obsolete)
 
 
 if __name__ == "__main__":

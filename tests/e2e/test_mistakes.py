@@ -231,6 +231,18 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"vllm_bind_address": "0.0.0.0"},
         "vllm_bind_address is 0.0.0.0; it must be one IP address of this host, or empty",
     ),
+    "port taken by another program": (
+        instance(port=9999),
+        "vllm_instances (chat): port 9999 is taken by python3; choose another or stop it",
+    ),
+    "not enough memory": (
+        instance(environment={"VLLM_CPU_KVCACHE_SPACE": 5000}),
+        "GB of memory, but the host has",
+    ),
+    "no GPU": (
+        {**instance(gpus=[0]), "vllm_device": "cuda"},
+        "vllm_device is cuda, but nvidia-smi is not there: install the NVIDIA driver first, or set vllm_device: cpu",
+    ),
     "version below the floor": (
         {"vllm_version": "0.26.0"},
         "vllm_version is 0.26.0, but versions below 0.32.0 have known holes",
@@ -292,6 +304,7 @@ def host() -> Iterator[str]:
     """A bare host."""
     hosts.down("mistakes")
     hosts.up("mistakes", {HOST: "debian12"})
+    on(HOST, "systemd-run --quiet /usr/bin/python3 -m http.server 9999 --bind 127.0.0.1")
     yield HOST
     hosts.down("mistakes")
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.gpufleet.llm.plugins.modules import completion_gate, vllm_generation, vllm_preflight
+from ansible_collections.gpufleet.llm.plugins.module_utils import generations, vllm_host
+from ansible_collections.gpufleet.llm.plugins.modules import completion_gate, vllm_generation
 
 # What vLLM 0.32 logs when the engine refuses its configuration, shortened to one of each kind of line.
 JOURNAL = """Started vllm@chat.service - vLLM instance chat.
@@ -184,7 +185,7 @@ def wanted(length: int = 1, **environment: str) -> dict[str, Any]:
 @pytest.fixture
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where running instances say which generation they run."""
-    monkeypatch.setattr(vllm_generation, "RUNTIME", tmp_path / "run")
+    monkeypatch.setattr(generations, "RUNTIME", tmp_path / "run")
     (tmp_path / "run/chat").mkdir(parents=True)
     (tmp_path / "etc").mkdir()
     return tmp_path / "run/chat/generation"
@@ -194,9 +195,9 @@ def prepare(path: Path, length: int = 1, **parameters: Any) -> dict[str, Any]:
     return vllm_generation.prepared(FakeModule(path / "etc", instances=[wanted(length)], **parameters))
 
 
-def switch(path: Path, runtime: Path, confirm: bool = True) -> vllm_generation.Instance:
+def switch(path: Path, runtime: Path, confirm: bool = True) -> generations.Instance:
     module = FakeModule(path / "etc")
-    chat = vllm_generation.Instance(module, "chat")
+    chat = generations.Instance(module, "chat")
     vllm_generation.activated(chat)
     runtime.write_text(f"{chat.current()}\n")
     if confirm:
@@ -234,7 +235,7 @@ def test_an_input_that_changed_is_a_new_generation(tmp_path: Path, runtime: Path
 def test_a_run_that_died_after_writing_or_switching_is_finished(tmp_path: Path, runtime: Path) -> None:
     prepare(tmp_path)
     assert prepare(tmp_path)["pending"] == ["chat"]
-    assert vllm_generation.Instance(FakeModule(tmp_path / "etc"), "chat").numbers() == [1], (
+    assert generations.Instance(FakeModule(tmp_path / "etc"), "chat").numbers() == [1], (
         "the generation that is there is used"
     )
     switch(tmp_path, runtime, confirm=False)
@@ -315,10 +316,28 @@ def test_the_environment_is_in_no_diff(tmp_path: Path, runtime: Path) -> None:
     assert "hunter2" not in json.dumps(vllm_generation.prepared(module))
 
 
-def test_listening_ports_are_read_from_proc(tmp_path: Path) -> None:
-    (tmp_path / "net").mkdir()
-    header = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
-    listen = "   0: 0100007F:1F40 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 4242 1 0\n"
-    open_ = "   1: 0100007F:1F41 0100007F:9999 01 00000000:00000000 00:00000000 00000000  1000        0 4343 1 0\n"
-    (tmp_path / "net/tcp").write_text(header + listen + open_)
-    assert vllm_preflight.listeners(tmp_path) == {8000: {"4242"}}
+def test_what_the_facts_of_a_host_say_against_its_instances() -> None:
+    def instance(name: str, **more: Any) -> dict[str, Any]:
+        return {"name": name, "config": {"port": 8000}, "environment": {}, "gpus": [], **more}
+
+    ports = [
+        {"port": 8000, "program": "python3", "unit": "nginx.service"},
+        {"port": 8001, "program": "python3", "unit": "vllm@other.service"},
+    ]
+    gpu = {"index": 0, "name": "Tesla V100", "memory_mib": 16384, "compute_capability": 7.0, "driver": "570.1"}
+    facts = {"ports": ports, "gpus": [gpu], "gpu_error": "", "memory_bytes": 8 * vllm_host.GB}
+    assert vllm_host.problems([instance("a"), instance("b", config={"port": 8001})], facts, "cpu") == [
+        "vllm_instances (a): port 8000 is taken by python3; choose another or stop it",
+        "vllm_instances need about 12.6 GB of memory, but the host has 8.0 GB; run fewer instances or lower VLLM_CPU_KVCACHE_SPACE",
+    ]
+    told = " ".join(vllm_host.problems([instance("b", config={"port": 8001}, gpus=[0, 7])], facts, "cuda"))
+    for problem in (
+        "driver is 570.1, but vLLM needs 580",
+        "compute capability 7.0",
+        "gpus names 7, but the host has 0",
+    ):
+        assert problem in told
+    assert "nvidia-smi is not there" in vllm_host.problems([], {**facts, "gpus": []}, "cuda")[0]
+    assert "nvidia-smi fails: no" in vllm_host.problems([], {**facts, "gpus": [], "gpu_error": "no"}, "cuda")[0]
+    assert vllm_host.weights_problems([instance("c", gpus=[0])], [gpu], {"c": 15.0}) == []
+    assert "the weights take 17.0 GB" in vllm_host.weights_problems([instance("c", gpus=[0])], [gpu], {"c": 17.0})[0]

@@ -97,10 +97,10 @@ def test_a_wrong_hash_and_a_missing_version_are_refused_by_name(host: Host) -> N
     wrong = {"x86_64": "0" * 64, "aarch64": "0" * 64}
     assert f"expected sha256 {'0' * 64}, the index offers" in refused(host, "uv", uv_sha256=wrong)
     assert "version 99.0 of uv is not on the index; its newest are:" in refused(
-        host, uv_version="99.0", uv_sha256=wrong
+        host, "uv", uv_version="99.0", uv_sha256=wrong
     )
     assert "cannot read http://127.0.0.1:9/simple/uv/" in refused(
-        host, uv_index_url="http://127.0.0.1:9/simple", uv_sha256=wrong
+        host, "uv", uv_index_url="http://127.0.0.1:9/simple", uv_sha256=wrong
     )
     assert host.check_output("sha256sum /usr/local/bin/uv") == before
 
@@ -152,9 +152,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         open("/srv/test/asked", "a").write(self.path + "\n")
         self.send_response(200)
-        self.send_header("Content-Length", "9")
+        data = open("/srv/test/other.tar.gz", "rb").read()
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(b"not a tar")
+        self.wfile.write(data)
 http.server.HTTPServer(("127.0.0.1", 8099), Handler).serve_forever()
 """
 
@@ -163,6 +164,9 @@ http.server.HTTPServer(("127.0.0.1", 8099), Handler).serve_forever()
 def mirror(host: Host) -> Iterator[None]:
     """A mirror that has something else under every name."""
     host.check_output("mkdir -p /srv/test && rm -f /srv/test/asked")
+    host.check_output(
+        "mkdir -p /srv/test/python && tar -C /srv/test -czf /srv/test/other.tar.gz python && rmdir /srv/test/python"
+    )
     host.check_output("printf '%s' {} >/srv/test/mirror.py".format("'" + MIRROR.replace("'", "'\\''") + "'"))
     host.check_output("systemd-run --quiet --unit=test-mirror /usr/bin/python3 /srv/test/mirror.py")
     host.check_output(

@@ -200,7 +200,7 @@ def test_check_mode_shows_the_change_and_makes_none(host: Host) -> None:
     ("change", "expected"),
     [
         ({"options": {**OPTIONS, "max-model-length": 5}}, "did you mean 'max-model-len'?"),
-        ({"model": "not-there"}, "the model 'not-there' is not in /srv/models"),
+        ({"model": "not-there"}, "model 'not-there' is not in model_store_models"),
         ({"prot": 1}, "prot"),
         ({"environment": {"VLLM_SERVER_DEV_MODE": 1}}, "VLLM_SERVER_DEV_MODE is refused"),
         ({"environment": {"VLLM_CPU_KVCACHE_SPACE": 4000}}, "GB of memory, but the host has"),
