@@ -76,13 +76,13 @@ class Reply:
         return json.loads(self.body)
 
 
-def program(*command: str, check: bool = True) -> Done:
+def program(*command: str, check: bool = True, environment: dict[str, str] | None = None) -> Done:
     """Run a program in the clone, as a person would."""
     began = time.monotonic()
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **(environment or {})},
         text=True,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -93,9 +93,9 @@ def program(*command: str, check: bool = True) -> Done:
     return Done(done.returncode, done.stdout, time.monotonic() - began)
 
 
-def demo(command: str) -> Done:
+def demo(command: str, **environment: str) -> Done:
     """Run the demo with the name and the size of this fleet."""
-    return program(sys.executable, "-m", "demo", command)
+    return program(sys.executable, "-m", "demo", command, environment=environment)
 
 
 def playbook(name: str, *arguments: str, variables: dict[str, Any] | None = None, check: bool = True) -> Done:

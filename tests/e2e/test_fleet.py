@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 
 import openai
 import pytest
@@ -137,13 +138,21 @@ def test_demo_tells_how_to_ask(fleet: Fleet) -> None:
     assert (DIRECTORY / "access.json").stat().st_mode & 0o077 == 0
 
 
-def test_a_second_run_changes_nothing(fleet: Fleet) -> None:
-    done = demo("up")
+def test_a_second_run_changes_nothing_and_asks_each_host_little(fleet: Fleet, tmp_path: Path) -> None:
+    counted = tmp_path / "calls.json"
+    done = demo("up", ANSIBLE_CALLBACKS_ENABLED="gpufleet.llm.remote_calls", REMOTE_CALLS_FILE=str(counted))
     FIGURES["demo up, again"] = f"{done.seconds:.0f} s"
     recap = done.recap()
     assert set(recap) == {GATEWAY, *WORKERS}
     for host, counters in recap.items():
         assert counters["changed"] == counters["failed"] == counters["unreachable"] == 0, (host, counters)
+    calls = json.loads(counted.read_text())
+    assert set(calls) == set(recap)
+    for host, made in calls.items():
+        assert made["total"] <= 3 + len(set(made["roles"]) - {"no role"}), (host, made)
+    FIGURES["remote calls of a run that changes nothing"] = ", ".join(
+        f"{host} {made['total']}" for host, made in calls.items()
+    )
     FIGURES["tasks of a run that changes nothing"] = ", ".join(f"{host} {ran['ok']}" for host, ran in recap.items())
 
 
