@@ -7,7 +7,6 @@ mistakes of all hosts, not the first one.
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 from collections.abc import Iterator
@@ -15,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
+from tests.certificates import make_pair
 from tests.e2e.conftest import Done, on, program
 from tests.hosts import hosts
 
-HOST = "mistakes-host"
+HOST = "e2e-mistakes-host"
 KEY, OTHER_KEY, SECRET = "a" * 40, "b" * 40, "Secret-That-Must-Not-Be-Told-0123456789"
 INSTANCE: dict[str, Any] = {"name": "chat", "model": "tiny", "port": 8000, "options": {"max-model-len": 128}}
 MODEL = {"name": "tiny", "source": "huggingface", "repository": "acme/tiny", "revision": "a" * 40}
@@ -63,29 +60,12 @@ def client(**changes: object) -> dict[str, Any]:
     return {"gateway_clients": [{key: value for key, value in {**CLIENT, **changes}.items() if value is not ...}]}
 
 
-def pair(days: int = 30, name: str = "llm.test") -> tuple[str, str]:
-    """A certificate that signs itself, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    begin = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=60)
-    signed = (
-        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
-        .not_valid_before(begin)
-        .not_valid_after(begin + datetime.timedelta(days=60 + days))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    text = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()).decode()
-    return signed.public_bytes(pem).decode(), text
-
-
 def files(certificate: str, key: str) -> dict[str, Any]:
     """A certificate that is given."""
     return {"tls_certificate_source": "files", "tls_certificate_certificate": certificate, "tls_certificate_key": key}
 
 
-GOOD, EXPIRED, FOREIGN = pair(), pair(days=-1), pair(name="other.test")
+GOOD, EXPIRED, FOREIGN = make_pair(name="llm.test"), make_pair(-1, "llm.test"), make_pair(name="other.test")
 # What is wrong -> the variables, and what must be said.
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown model": (
@@ -302,11 +282,11 @@ def preflight(hosts_file: Path, *arguments: str) -> Done:
 @pytest.fixture(scope="module")
 def host() -> Iterator[str]:
     """A bare host."""
-    hosts.down("mistakes")
-    hosts.up("mistakes", {HOST: "debian12"})
+    hosts.down("e2e-mistakes")
+    hosts.up("e2e-mistakes", {HOST: "debian12"})
     on(HOST, "systemd-run --quiet /usr/bin/python3 -m http.server 9999 --bind 127.0.0.1")
     yield HOST
-    hosts.down("mistakes")
+    hosts.down("e2e-mistakes")
 
 
 @pytest.fixture(scope="module")

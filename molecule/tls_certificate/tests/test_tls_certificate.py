@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from testinfra.host import Host
 
+from tests.certificates import make_pair
 from tests.roles import applied, refused
 
 DIRECTORY = "/etc/ssl/vllm-fleet"
@@ -32,24 +32,6 @@ def names(host: Host) -> set[str]:
 def reloads(host: Host) -> int:
     """How often the service was asked to reload."""
     return len(host.run("cat /run/tls-user.reloads").stdout.splitlines())
-
-
-def make_pair(days: int = 30, name: str = "given.test") -> Pair:
-    """A certificate that signs itself, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    begin = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=60)
-    signed = (
-        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
-        .not_valid_before(begin)
-        .not_valid_after(begin + datetime.timedelta(days=60 + days))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    text = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    ).decode()
-    return signed.public_bytes(serialization.Encoding.PEM).decode(), text
 
 
 @pytest.fixture
