@@ -446,6 +446,15 @@ def test_a_configuration_that_vllm_refuses_is_taken_back(fleet: Fleet) -> None:
 def test_a_killed_engine_ends_its_stream_and_comes_back(fleet: Fleet) -> None:
     """One stream on each host; the engine of one host is killed. Nobody does anything about it."""
     worker = WORKERS[0]
+
+    def both_serve() -> bool:
+        """Nginx leaves a backend alone for ten seconds after it failed: the test before may have ended just now."""
+        since = fleet.log_lines()
+        for _ in range(4):
+            fleet.complete()
+        return len({line["upstream_addr"] for line in fleet.log(since)}) == len(WORKERS)
+
+    until("the gateway asks both hosts", both_serve, 60)
     before = fleet.log_lines()
     ends: list[float] = []
 
