@@ -105,8 +105,7 @@ def playbook(*arguments: str) -> str:
     with log_file.open("w") as log, subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:  # fmt: skip
-        assert process.stdout is not None  # noqa: S101 - for the type checker: PIPE was asked for
-        for line in process.stdout:
+        for line in process.stdout or ():
             log.write(line)
             output.append(line)
             if found := re.match(r"PLAY \[(.+)\] \*", line):

@@ -360,7 +360,7 @@ def holders(inodes: Iterable[str], root: Path = PROC) -> dict[str, tuple[str, st
         for descriptor in descriptors:
             try:
                 # There are ten thousands of them on a busy host, and a Path for each takes five times as long.
-                inode = wanted.pop(os.readlink(f"{directory}/{descriptor}"), None)  # noqa: PTH115
+                inode = wanted.pop(os.readlink(f"{directory}/{descriptor}"), None)  # noqa: PTH115 - a name too
             except OSError:
                 continue
             if inode is not None:

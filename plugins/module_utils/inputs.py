@@ -94,9 +94,7 @@ def entry_problems(where: str, entry: Mapping[str, Any], options: Mapping[str, A
         if key in entry:
             problems += value_problems(f"{where}: {key}", entry[key], spec)
         elif spec.get("required"):
-            problems.append(
-                f"{where}: {key} is missing; it is: {spec['description'].rstrip('.')}"
-                if isinstance(spec.get("description"), str)
-                else f"{where}: {key} is missing"
-            )
+            said = spec.get("description")
+            meant = f"; it is: {said.rstrip('.')}" if isinstance(said, str) else ""
+            problems.append(f"{where}: {key} is missing{meant}")
     return problems

@@ -9,6 +9,7 @@ import json
 import re
 import urllib.parse
 from dataclasses import dataclass
+from typing import Any
 
 # What an index is asked for: JSON when it has it, else the HTML that every index has.
 ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
@@ -52,6 +53,16 @@ def without_credentials(url: str) -> str:
     """The address as it may be shown."""
     parts = urllib.parse.urlsplit(url)
     return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def hide_passwords(module: Any, *urls: str) -> None:
+    """Keep the passwords of addresses out of all that a module says.
+
+    With no_log the whole address would be missing from the messages that an operator needs; only the password is secret.
+    """
+    for url in urls:
+        if password := urllib.parse.urlsplit(url).password:
+            module.no_log_values |= {password, urllib.parse.unquote(password)}
 
 
 def _absolute(base: str, href: str) -> str:

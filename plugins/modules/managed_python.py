@@ -72,13 +72,12 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-import urllib.parse
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import open_url
-from ansible_collections.gpufleet.llm.plugins.module_utils.wheel import without_credentials
+from ansible_collections.gpufleet.llm.plugins.module_utils.wheel import hide_passwords, without_credentials
 
 
 class PythonError(Exception):
@@ -220,9 +219,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    for url in (module.params["mirror"], module.params["archive_url"]):
-        if password := urllib.parse.urlsplit(url).password:
-            module.no_log_values.add(password)
+    hide_passwords(module, module.params["mirror"], module.params["archive_url"])
     try:
         result = ensure(module.params, module.check_mode)
     except (PythonError, OSError, shutil.Error) as error:

@@ -79,7 +79,6 @@ import os
 import platform
 import shutil
 import tempfile
-import urllib.parse
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -91,6 +90,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.wheel import (
     Link,
     WheelError,
     choose,
+    hide_passwords,
     links,
     project_url,
     without_credentials,
@@ -232,10 +232,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    # no_log on the whole address would hide it from the messages that an operator needs; only the password is secret.
-    if password := urllib.parse.urlsplit(module.params["index_url"]).password:
-        module.no_log_values.add(password)
-        module.no_log_values.add(urllib.parse.unquote(password))
+    hide_passwords(module, module.params["index_url"])
     with tempfile.TemporaryDirectory(dir=module.tmpdir) as scratch:
         try:
             result = ensure(module.params, module.check_mode, Path(scratch))

@@ -11,6 +11,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,3 +243,9 @@ def test_links_to_other_hosts_do_not_get_the_credentials() -> None:
 def test_a_page_that_is_json_but_no_index_is_refused() -> None:
     with pytest.raises(wheel.WheelError, match="is not a simple page"):
         wheel.links('{"message": "sign in"}', "https://index.example.org/simple/tool/")
+
+
+def test_the_password_of_an_address_is_hidden_as_it_is_written_and_as_it_is_meant() -> None:
+    module = SimpleNamespace(no_log_values=set())
+    wheel.hide_passwords(module, "https://me:a%2Fb@mirror.example/simple", "https://mirror.example", "")
+    assert module.no_log_values == {"a%2Fb", "a/b"}
