@@ -14,6 +14,7 @@ from ansible.module_utils.common.text.converters import to_bytes
 from ansible.plugins.action import ActionBase
 from ansible.template import generate_ansible_template_vars, trust_as_template
 from ansible_collections.gpufleet.llm.plugins.module_utils.tree import NAME, Entry, TreeError, pack
+from ansible_collections.gpufleet.llm.plugins.module_utils.tree_seen import STATE_PATH, digest
 
 IGNORED = ("*~", ".*.sw?", ".gitkeep")
 OWNED = {"owner": {"type": "str"}, "group": {"type": "str"}}
@@ -42,7 +43,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "group": {"type": "str", "default": "root"},
     "validate": {"type": "list", "elements": "str", "default": []},
     "notify": {"type": "dict", "default": {}},
-    "state_path": {"type": "path", "default": "/var/lib/vllm-fleet/tree"},
+    "state_path": {"type": "path", "default": STATE_PATH},
 }
 
 
@@ -62,12 +63,32 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         passed["notify"] = self.patterns(arguments["notify"])
         if arguments["state"] == "present":
             try:
-                passed["payload"] = pack(Wanted(self, arguments, task_vars or {}).entries())
+                entries = list(Wanted(self, arguments, task_vars or {}).entries())
+                passed["payload"] = pack(entries)
             except TreeError as error:
                 raise AnsibleActionFail(str(error)) from error
+            if entries and self.seen(arguments, task_vars or {}) == digest(entries):
+                self.tell([])
+                return {**result, "changed": False, "paths": [], "unsettled": [], "handlers": [], "interrupted": ""}
         result.update(self._execute_module("gpufleet.llm.tree", passed, task_vars=task_vars))
         self.tell(result.get("handlers", []))
+        if result.get("changed") or result.get("failed"):
+            self.forget(result, arguments, task_vars or {})
         return result
+
+    def seen(self, arguments: dict[str, Any], variables: dict[str, Any]) -> str:
+        """What was there when the role host_support looked at the host in this very run; nothing is known otherwise."""
+        if "__host_support_facts" not in variables or arguments["state_path"] != STATE_PATH:
+            return ""
+        facts = variables.get("ansible_facts", {}).get("gpufleet") or {}
+        return str((facts.get("trees") or {}).get(arguments["name"], ""))
+
+    def forget(self, result: dict[str, Any], arguments: dict[str, Any], variables: dict[str, Any]) -> None:
+        """What was seen is no longer so."""
+        if self.seen(arguments, variables):
+            facts = variables["ansible_facts"]["gpufleet"]
+            trees = {name: seen for name, seen in facts["trees"].items() if name != arguments["name"]}
+            result["ansible_facts"] = {"gpufleet": {**facts, "trees": trees}}
 
     def patterns(self, stated: dict[str, Any]) -> dict[str, list[str]]:
         """Which handlers a changed path notifies. The keyword of the task goes for every path."""

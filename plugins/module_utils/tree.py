@@ -33,7 +33,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-JOURNAL, MANIFEST = "journal.json", "manifest.json"
+from ansible_collections.gpufleet.llm.plugins.module_utils.tree_seen import JOURNAL, MANIFEST, SEEN, all_looks, digest
+
 NOTHING: dict[str, Any] = {"id": "", "paths": [], "secrets": [], "directories": [], "unsettled": []}
 SHOWN_BYTES = 100_000  # what is larger is not shown in a diff
 NAME = re.compile(r"[a-z0-9_-]+")
@@ -198,6 +199,8 @@ class Tree:
                 self.transact(identity, steps, after, validate)
             elif after != before and not check:  # the files are as wanted already: only the book is not
                 self.save(MANIFEST, after)
+            if entries and not check:
+                self.remember(entries)
         return result
 
     def settle(self, check: bool = False) -> dict[str, Any]:
@@ -208,6 +211,18 @@ class Tree:
             if manifest and manifest["unsettled"] and not check and not interrupted:
                 self.save(MANIFEST, {**manifest, "unsettled": []})
         return {"changed": False, "interrupted": interrupted}
+
+    def remember(self, entries: Sequence[Entry]) -> None:
+        """Leave word for those who only look whether a call is needed (see tree_seen). Without it, one is."""
+        manifest = self.read(MANIFEST)
+        if manifest:
+            paths = sorted({entry.path for entry in entries})
+            seen = {"id": manifest["id"], "digest": digest(entries), "looks": all_looks(paths, self.root)}
+            with contextlib.suppress(TreeError):  # a broken one is replaced
+                if self.read(SEEN) == seen:
+                    return
+            with contextlib.suppress(OSError):  # only a help: a full disk is no reason to fail now
+                self.save(SEEN, seen)
 
     # ------------------------------------------------------------------------------------------------- what has to change
 
@@ -518,6 +533,7 @@ class Tree:
         manifest = self.read(MANIFEST)
         empty = manifest and not any(manifest[name] for name in ("paths", "directories", "unsettled"))
         if empty and not (self.state / JOURNAL).exists():
+            self.remove(self.state / SEEN)
             self.do(os.unlink, self.state / MANIFEST)
         if not any(self.state.iterdir()):
             for directory in (self.state, self.state.parent):

@@ -26,8 +26,8 @@ options:
         read it from there.
     type: list
     elements: str
-    choices: [system, packages, units, users, ports, mounts, gpus, paths]
-    default: [system, packages, units, users, ports, mounts, gpus, paths]
+    choices: [system, packages, units, users, ports, mounts, gpus, paths, trees]
+    default: [system, packages, units, users, ports, mounts, gpus, paths, trees]
   paths:
     description: Files, directories and links to look at.
     type: list
@@ -131,6 +131,12 @@ ansible_facts:
               architecture has it in its name (C(libc6:i386)). Section V(packages).
           type: dict
           sample: {nginx: 1.24.0-2ubuntu7.5}
+        programs:
+          description:
+            - Programs that M(gpufleet.llm.wheel_program) installed and nobody touched since, by the name of their wheel, each with C(version),
+              C(sha256) of the wheel and C(directory). Section V(packages).
+          type: dict
+          sample: {uv: {version: 0.11.27, sha256: 0d5ffd3b, directory: /usr/local/bin}}
         lists_age_seconds:
           description: Seconds since the package lists were fetched, null when there are none. Section V(packages).
           type: int
@@ -201,6 +207,11 @@ ansible_facts:
         gpu_error:
           description: What C(nvidia-smi) says when it is there and fails or shows no GPU, else empty. Section V(gpus).
           type: str
+        trees:
+          description:
+            - For each name of M(gpufleet.llm.tree) whose files are all as its last call left them, with no handler due, a hash of what was
+              wanted. Section V(trees).
+          type: dict
         paths:
           description: What is at each of O(paths). All keys are always there. Section V(paths).
           type: dict
@@ -241,10 +252,10 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils import host
+from ansible_collections.gpufleet.llm.plugins.module_utils import host, tree_seen
 from ansible_collections.gpufleet.llm.plugins.module_utils.gpu import NVIDIA_SMI_QUERY, parse_nvidia_smi
 
-SECTIONS = ["system", "packages", "units", "users", "ports", "mounts", "gpus", "paths"]
+SECTIONS = ["system", "packages", "units", "users", "ports", "mounts", "gpus", "paths", "trees"]
 PYTHON = "/usr/bin/python3"
 # Seconds. nvidia-smi without persistence mode wakes every GPU, some seconds each.
 SYSTEMCTL_TIMEOUT = 20
@@ -320,7 +331,7 @@ def main() -> None:
     if "system" in gather:
         facts.update(host.system(), python=python_version())
     if "packages" in gather:
-        facts.update(packages=host.packages(), lists_age_seconds=host.lists_age())
+        facts.update(packages=host.packages(), lists_age_seconds=host.lists_age(), programs=host.programs())
     if "users" in gather:
         facts.update(users=host.ids(host.read(Path("/etc/passwd"))), groups=host.ids(host.read(Path("/etc/group"))))
     if "ports" in gather:
@@ -329,6 +340,8 @@ def main() -> None:
         facts["mounts"] = host.mounts()
     if "paths" in gather:
         facts["paths"] = {path: host.path_state(Path(path)) for path in module.params["paths"]}
+    if "trees" in gather:
+        facts["trees"] = tree_seen.unchanged()
     if "units" in gather:
         good, loaded = list_units.output(SYSTEMCTL_TIMEOUT) if list_units else (False, "")
         # Without systemd's word on what runs, every unit would look as if it had stopped.

@@ -19,7 +19,8 @@ description:
   - What a former run put there and is wanted no more is removed, and so are directories that it made and that are empty then.
   - Handlers of the files that changed are notified, of no others. A run that dies before its handlers have run is remembered, and the
     next one notifies them again, until a task with O(state=settled) says that they have run.
-  - On a host where everything is in place, it makes one call and writes nothing.
+  - On a host where everything is in place, it makes one call and writes nothing. Where the role P(gpufleet.llm.host_support#role) looked at
+    the host earlier in the run, and everything was as the last call left it and is still wanted so, it makes none.
 options:
   name:
     description: Whose files these are. Lower case letters, digits, V(_) and V(-). Each name has its own memory on the host.
@@ -239,6 +240,7 @@ from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils.tree import NAME, Tree, TreeError, unpack
+from ansible_collections.gpufleet.llm.plugins.module_utils.tree_seen import STATE_PATH
 
 
 def main() -> None:
@@ -247,7 +249,7 @@ def main() -> None:
         argument_spec={
             "name": {"type": "str", "required": True},
             "state": {"type": "str", "choices": ["present", "settled", "absent"], "default": "present"},
-            "state_path": {"type": "path", "default": "/var/lib/vllm-fleet/tree"},
+            "state_path": {"type": "path", "default": STATE_PATH},
             "payload": {"type": "str", "no_log": True},
             "validate": {"type": "list", "elements": "str", "default": []},
             "notify": {"type": "dict", "default": {}},

@@ -85,6 +85,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import open_url
+from ansible_collections.gpufleet.llm.plugins.module_utils.host import PROGRAM_RECORDS, program_state, programs
 from ansible_collections.gpufleet.llm.plugins.module_utils.wheel import (
     ACCEPT,
     Link,
@@ -106,24 +107,12 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def state_of(path: Path) -> dict[str, int]:
-    """What tells cheaply whether a program was touched."""
-    status = path.stat()
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "mode": status.st_mode & 0o7777}
-
-
-def installed(record: Path, sha256: str, directory: Path) -> list[str]:
+def installed(records: Path, name: str, sha256: str, directory: Path) -> list[str]:
     """The programs that the record names, when they are this wheel's and nobody touched them; else nothing."""
-    try:
-        known = json.loads(record.read_text())
-        if known["sha256"] != sha256 or known["directory"] != str(directory):
-            return []
-        for name, state in known["programs"].items():
-            if state_of(directory / name) != state:
-                return []
-        return [str(directory / name) for name in known["programs"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    known = programs(records).get(name, {})
+    if (known.get("sha256"), known.get("directory")) != (sha256, str(directory)):
         return []
+    return [str(directory / program) for program in known["programs"]]
 
 
 def find(parameters: dict[str, Any]) -> Link:
@@ -192,8 +181,8 @@ def ensure(parameters: dict[str, Any], check_mode: bool, scratch: Path) -> dict[
     """Do what the module is for and say what was done."""
     directory = Path(parameters["directory"])
     record = Path(parameters["record_directory"]) / f"{parameters['name']}.json"
-    if programs := installed(record, parameters["sha256"], directory):
-        return {"changed": False, "programs": programs}
+    if there := installed(record.parent, parameters["name"], parameters["sha256"], directory):
+        return {"changed": False, "programs": there}
     if check_mode:
         return {"changed": True, "programs": []}
     link = find(parameters)
@@ -205,7 +194,7 @@ def ensure(parameters: dict[str, Any], check_mode: bool, scratch: Path) -> dict[
         "version": parameters["version"],
         "sha256": parameters["sha256"],
         "directory": str(directory),
-        "programs": {name: state_of(directory / name) for name in names},
+        "programs": {name: program_state(directory / name) for name in names},
     }
     aside = record.with_suffix(".new")
     aside.write_text(json.dumps(known, indent=2) + "\n")
@@ -226,7 +215,7 @@ def main() -> None:
             "sha256": {"type": "str", "required": True},
             "index_url": {"type": "str", "default": "https://pypi.org/simple"},
             "directory": {"type": "path", "default": "/usr/local/bin"},
-            "record_directory": {"type": "path", "default": "/usr/local/lib/wheel_program"},
+            "record_directory": {"type": "path", "default": str(PROGRAM_RECORDS)},
             "architecture": {"type": "str", "default": ""},
             "timeout": {"type": "int", "default": 60},
         },

@@ -399,7 +399,7 @@ def test_the_module_runs_as_a_task() -> None:
     facts = result["ansible_facts"]["gpufleet"]
     assert facts.keys() == {
         "distribution", "release", "codename", "architecture", "kernel", "python", "container", "service_manager", "memory_bytes",
-        "cpus", "packages", "lists_age_seconds", "units", "users", "groups", "ports", "mounts", "gpus", "gpu_error", "paths",
+        "cpus", "packages", "programs", "trees", "lists_age_seconds", "units", "users", "groups", "ports", "mounts", "gpus", "gpu_error", "paths",
     }  # fmt: skip
     assert facts["users"]["root"] == 0
     assert facts["paths"]["/etc/passwd"]["type"] == "file"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.gpufleet.llm.plugins.module_utils import tree_seen
 from ansible_collections.gpufleet.llm.plugins.module_utils.tree import Entry, Tree, TreeError, handlers, pack, unpack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -114,7 +115,13 @@ class Host:
         return read
 
     def remembered(self) -> list[str]:
-        return sorted(path.name for path in self.state.iterdir()) if self.state.is_dir() else []
+        """What is in the memory, without the file that is only a help."""
+        names = {path.name for path in self.state.iterdir()} if self.state.is_dir() else set()
+        return sorted(names - {tree_seen.SEEN})
+
+    def unchanged(self) -> str | None:
+        """What a look at the host says: the digest of what is there, if anything can be said."""
+        return tree_seen.unchanged(self.state.parent, self.root).get(self.state.name)
 
 
 @pytest.fixture
@@ -419,7 +426,8 @@ def test_a_run_that_waited_for_one_that_removed_everything_begins_anew(host: Hos
     other = threading.Thread(target=lambda: host.present(entry("/a", "2")))
     other.start()
     other.join(0.2)
-    (host.state / "manifest.json").unlink()
+    for file in host.state.iterdir():
+        file.unlink()
     host.state.rmdir()
     os.close(held)
     other.join(5)
@@ -485,6 +493,60 @@ def test_handlers_of_what_was_live_for_a_while_are_due(host: Host) -> None:
 FOLDERS = ["/a", "/a/b", "/c", "/a/b/d"]
 LEAVES = [f"{folder}/{name}" for folder in ["", *FOLDERS] for name in ("x", "y")]
 MODES = ["0644", "0600"]
+
+
+def test_a_look_tells_what_is_in_place_until_anything_of_it_changes(host: Host) -> None:
+    wanted = [entry("/etc/a", "one"), entry("/etc/b", "two"), directory("/etc/d", "0700"), link("/l", "etc/a")]
+    assert host.unchanged() is None
+    host.present(*wanted)
+    right = tree_seen.digest(wanted)
+    assert host.unchanged() == right
+    assert tree_seen.digest(reversed(wanted)) == right
+    a = host.at("/etc/a")
+
+    def same_size_and_times() -> None:
+        times = a.stat()
+        a.write_text("eno")
+        os.utime(a, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    def another_link() -> None:
+        host.at("/l").unlink()
+        host.at("/l").symlink_to("etc/b")
+
+    def another_directory() -> None:
+        host.at("/etc").rename(host.at("/elsewhere"))
+        host.write("/etc/a", "one")
+
+    changes: list[Callable[[], object]] = [
+        same_size_and_times, lambda: a.chmod(0o600), a.unlink, lambda: host.at("/etc/d").chmod(0o755), another_link, another_directory,
+        lambda: (host.state / "seen.json").write_text("{"), lambda: (host.state / "seen.json").write_text("[]"),
+        lambda: (host.state / "manifest.json").unlink(), lambda: (host.state / "journal.json").write_text("{}"),
+    ]  # fmt: skip
+    for change in changes:
+        change()
+        assert host.unchanged() is None, change
+        (host.state / "journal.json").unlink(missing_ok=True)
+        host.present(*wanted)
+        assert host.unchanged() == right, change
+    host.write("/etc/d/theirs")
+    assert host.unchanged() == right, "what else is in a directory is not ours"
+
+
+def test_a_look_says_nothing_while_handlers_are_due(host: Host) -> None:
+    wanted = [entry("/a", "one")]
+    host.present(*wanted, notify=ALL)
+    assert host.unchanged() is None
+    host.tree().settle()
+    assert host.unchanged() == tree_seen.digest(wanted)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"content": b"2"}, {"mode": "0600"}, {"owner": "nobody"}, {"path": "/b"}, {"secret": True}, {"kind": "directory"}],
+)
+def test_every_wish_counts_in_the_digest(other: dict[str, Any]) -> None:
+    one = Entry("/a", content=b"1")
+    assert tree_seen.digest([one]) != tree_seen.digest([Entry(**{**vars(one), **other})])
 
 
 def parents(path: str) -> list[str]:
@@ -557,20 +619,28 @@ def test_whatever_is_wanted_and_wherever_it_crashes(foreign: dict[str, str], seq
             host.write(path, text)
         model = Model(host.snapshot())
         heard = host.snapshot()  # what the handlers that ran last have seen
+        wishes: dict[str, list[Entry]] = {}
+
+        def what_a_look_tells_is_true() -> None:
+            if (told := host.unchanged()) is not None:
+                assert not host.present(*wishes[told], notify=ALL, check=True)["changed"]
+
         for wanted, crashes, ending, handled in sequence:
             goal = model.after(wanted)
+            wishes[tree_seen.digest(wanted)] = wanted
             if ending == "refused" and goal.files != model.files:
                 with pytest.raises(TreeError):
                     host.present(*wanted, notify=ALL, validate=["false"])
                 assert host.snapshot() == model.files
                 assert "journal.json" not in host.remembered()
+                what_a_look_tells_is_true()
                 continue
             for calls in crashes:
                 machine = Machine(calls)
                 try:
                     host.present(*wanted, notify=ALL, machine=machine)
                 except Crash:
-                    pass
+                    what_a_look_tells_is_true()
                 else:
                     break
                 if ending == "recover":
@@ -593,10 +663,12 @@ def test_whatever_is_wanted_and_wherever_it_crashes(foreign: dict[str, str], seq
                 except Crash:
                     host.tree().settle()
                 heard = now
+                what_a_look_tells_is_true()
                 assert not host.present(*wanted, notify=ALL)["changed"]
             machine = Machine()
             host.present(*wanted, notify=ALL, machine=machine)
             assert machine.made == []
+            assert not handled or not host.remembered() or host.unchanged() == tree_seen.digest(wanted)
             model = goal
 
 
