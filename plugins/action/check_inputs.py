@@ -12,9 +12,6 @@ from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible_collections.gpufleet.llm.plugins.module_utils import inputs
 
-# The problems of the roles that were looked at so far, while they are collected.
-COLLECTED = "gpufleet_problems"
-
 
 class ActionModule(ActionBase):  # type: ignore[misc]
     """See the module's documentation."""
@@ -27,20 +24,20 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         return value if name == "checks" else super().finalize_task_arg(name, value, templar, context)
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Look at the variables, then at the checks; fail with all that is wrong, or keep it for later."""
+        """Look at the variables, then at the checks; fail with all that is wrong, or only tell it."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         variables = task_vars or {}
         arguments = self._task.args
-        problems = list(variables.get("ansible_facts", {}).get(COLLECTED) or [])
+        problems: list[str] = []
         if self._task._role is not None:
             spec = self._spec(Path(self._task._role._role_path))
             found = self._variables(self._task._role.get_name(include_role_fqcn=False), spec, variables)
             # What has the wrong type or is undefined breaks checks too; it has been told already.
-            problems += found + self._checks(arguments.get("checks") or [], tolerant=bool(found))
+            problems = found
+        problems += self._checks(arguments.get("checks") or [], tolerant=bool(problems))
         problems = list(dict.fromkeys(problems))
-        if self._templar.template(variables.get("check_inputs_collect", False)):
-            result.update(changed=False, ansible_facts={COLLECTED: problems}, _ansible_facts_cacheable=False)
-        elif problems:
+        collected = bool(self._templar.template(variables.get("check_inputs_collect", False)))
+        if problems and not collected:
             host = variables.get("inventory_hostname")
             count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
             lines = [
@@ -49,7 +46,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             ]
             result.update(failed=True, msg="\n".join(lines))
         else:
-            result.update(changed=False)
+            result.update(changed=False, problems=problems, collected=collected)
         return result
 
     def _spec(self, role: Path) -> Mapping[str, Any]:

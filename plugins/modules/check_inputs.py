@@ -12,8 +12,8 @@ description:
   - To be used by a task of a role. Runs on the controller and changes nothing.
   - Compares the role's variables with the role's C(meta/argument_specs.yml), entries of lists and their keys included; names variables that
     look like a misspelt one of the role, and those that have a new name; then evaluates the given checks.
-  - While the variable C(check_inputs_collect) is true, nothing fails and what is wrong is kept. The next use without it, which need not be
-    in a role, tells it as well. So a playbook finds the mistakes of many roles in one go.
+  - While the variable C(check_inputs_collect) is true, nothing fails and what is wrong is only returned. Outside of a role only the given
+    checks are made. So a playbook finds the mistakes of many roles in one go, and fails once, with all of them.
   - Every sentence names the variable, what is wrong with it and what would be right. The values of options with C(no_log) are never told.
 options:
   checks:
@@ -51,6 +51,23 @@ EXAMPLES = r"""
         fail_msg: vllm_bind_address is {{ vllm_bind_address }}; it must be one address of this host.
       - problems: "{{ gateway_clients | gpufleet.llm.gateway_client_problems }}"
         when: gateway_clients | length > 0
+  register: __vllm_checked
+
+# In a playbook, after the checks of several roles with check_inputs_collect, each registered as __ROLE_checked.
+- name: Nothing is wrong with what the inventory asks
+  gpufleet.llm.check_inputs:
+    checks:
+      - problems: "{{ query('vars', *query('varnames', '^__[a-z_]+_checked$')) | map(attribute='problems') | flatten }}"
 """
 
-RETURN = r"""#"""
+RETURN = r"""
+problems:
+  description: What is wrong, one sentence each. A task that does not collect fails when there is anything, so it returns none.
+  returned: success
+  type: list
+  elements: str
+collected:
+  description: Whether C(check_inputs_collect) was true. What was collected has been checked once and need not be again in the same run.
+  returned: success
+  type: bool
+"""

@@ -103,6 +103,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -112,8 +113,10 @@ from ansible.module_utils.basic import AnsibleModule
 
 COMPLETIONS, CHAT, NONE = "/v1/completions", "/v1/chat/completions", "none"
 PROMPT = "Count to twenty: one, two,"
-STREAM_TOKENS = 32
-# A streamed answer takes time between its first and its last piece: 32 tokens take more than this on any hardware. One
+# How many checks are made at the same time. Each is one request at a time.
+AT_A_TIME = 2
+STREAM_TOKENS = 16
+# A streamed answer takes time between its first and its last piece: 16 tokens take more than this on any hardware. One
 # that a proxy held back arrives all at once.
 STREAM_SPREAD = 0.01
 
@@ -345,14 +348,17 @@ def verify(
     rows = [row("certificate", partial(check_certificate, endpoint, minimum_days))]
     if rows[0]["result"] != "ok" and "more days only" not in rows[0]["detail"]:
         return rows
-    rows.append(row("key needed", partial(check_refusal, endpoint)))
-    rows.append(row("models", partial(check_models, endpoint, models)))
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("key needed", partial(check_refusal, endpoint)),
+        ("models", partial(check_models, endpoint, models)),
+    ]
     for model in models if completion_path != NONE else []:
-        rows.append(row(f"completion {model}", partial(check_completion, endpoint, completion_path, model)))
-        rows.append(row(f"streaming {model}", partial(check_streaming, endpoint, completion_path, model)))
-    for path in forbidden_paths:
-        rows.append(row(f"closed {path}", partial(check_forbidden, endpoint, path)))
-    return rows
+        checks.append((f"completion {model}", partial(check_completion, endpoint, completion_path, model)))
+        checks.append((f"streaming {model}", partial(check_streaming, endpoint, completion_path, model)))
+    checks += [(f"closed {path}", partial(check_forbidden, endpoint, path)) for path in forbidden_paths]
+    # Some at a time: they wait for the endpoint, and a client's key may have few requests at the same time.
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        return rows + list(pool.map(lambda check: row(*check), checks))
 
 
 def main() -> None:

@@ -49,6 +49,10 @@ options:
     type: list
     elements: path
     default: []
+  require_models:
+    description: Whether a model that is not there is a problem. In check mode, before the first release is built, it never is.
+    type: bool
+    default: true
 attributes:
   check_mode:
     description: Changes nothing.
@@ -132,6 +136,7 @@ def main() -> None:
             "memory_bytes": {"type": "int", "required": True},
             "config_path": {"type": "path", "default": "/etc/vllm"},
             "inputs": {"type": "list", "elements": "path", "default": []},
+            "require_models": {"type": "bool", "default": True},
         },
         supports_check_mode=True,
     )
@@ -140,9 +145,10 @@ def main() -> None:
     complete = (release / ".complete").is_file()
     problems: list[str] = []
     # In check mode on a bare host the model store is not there yet: that is no problem of the inventory's.
+    required = module.params["require_models"] and not (module.check_mode and not complete)
     for instance in instances:
         model = Path(instance["config"]["model"])
-        if not (model / "config.json").is_file() and not (module.check_mode and not complete):
+        if required and not (model / "config.json").is_file():
             problems.append(
                 f"vllm_instances ({instance['name']}): the model {model.name!r} is not in {model.parent} (no {model}/config.json); "
                 "name it in model_store_models and run the role model_store first"

@@ -42,6 +42,16 @@ ENVIRONMENT = {
     "ANSIBLE_FORCE_COLOR": "0",
 }
 KEEP = os.environ.get("E2E_KEEP", "") == "1"
+# Modules run as `/usr/bin/python3` that reads its program from its input.
+KILL_MODULES = (
+    "for process in /proc/[0-9]*; do"
+    " [ \"$(tr '\\0' ' ' <$process/cmdline 2>/dev/null)\" = '/usr/bin/python3 ' ] && kill -9 ${process#/proc/}; done; true"
+)
+# What a run keeps beside its files while it works.
+LEFTOVERS = (
+    "find / -xdev \\( -name '.tree-*' -o -name '*.ansible_tmp' -o -name journal.json -path '/var/lib/vllm-fleet/*' \\)"
+    " -not -path '/proc/*' 2>/dev/null"
+)
 # What was measured on the way; printed at the end.
 FIGURES: dict[str, str] = {}
 
@@ -98,15 +108,20 @@ def demo(command: str, **environment: str) -> Done:
     return program(sys.executable, "-m", "demo", command, environment=environment)
 
 
-def playbook(name: str, *arguments: str, variables: dict[str, Any] | None = None, check: bool = True) -> Done:
-    """Run a playbook on the fleet; `variables` go into a file, because they may hold keys."""
+def playbook_command(name: str, *arguments: str, variables: dict[str, Any] | None = None) -> list[str]:
+    """The command that runs a playbook on the fleet; `variables` go into a file, because they may hold keys."""
     extra: list[str] = []
     if variables is not None:
         file = DIRECTORY / "extra-vars.json"
         file.touch(mode=0o600)
         file.write_text(json.dumps(variables))
         extra = ["-e", f"@{file}"]
-    return program("ansible-playbook", name, "-i", "inventories/demo", *arguments, *extra, check=check)
+    return ["ansible-playbook", name, "-i", "inventories/demo", *arguments, *extra]
+
+
+def playbook(name: str, *arguments: str, variables: dict[str, Any] | None = None, check: bool = True) -> Done:
+    """Run a playbook on the fleet."""
+    return program(*playbook_command(name, *arguments, variables=variables), check=check)
 
 
 def on(host: str, command: str, *, stdin: str = "", check: bool = True) -> str:

@@ -11,10 +11,15 @@ and each leaves a fleet that serves.
 
 from __future__ import annotations
 
+import getpass
 import http.client
 import json
+import os
+import random
 import re
 import secrets
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,15 +29,21 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
+import yaml
 
 from tests.e2e.conftest import (
     DIRECTORY,
+    ENVIRONMENT,
     FIGURES,
     GATEWAY,
+    KILL_MODULES,
+    LEFTOVERS,
     NAME,
+    ROOT,
     UNIT,
     WORKERS,
     Done,
@@ -40,6 +51,7 @@ from tests.e2e.conftest import (
     demo,
     on,
     playbook,
+    playbook_command,
     program,
     request,
     secret,
@@ -534,6 +546,116 @@ def test_hosts_come_back_from_a_reboot_by_themselves(fleet: Fleet) -> None:
 
     took = until("the gateway serves again", answers, seconds=30, pause=0.2)
     FIGURES["reboot of the gateway: it served again after"] = f"{took:.1f} s"
+
+
+# --- runs that meet, and runs that die ---
+
+LEASE = "/run/vllm-fleet/lease.json"
+
+
+def test_two_operators_never_change_a_host_at_the_same_time(fleet: Fleet) -> None:
+    """The second is told who is first, and holds nothing afterwards. Then a run on another controller that nobody can ask."""
+    command = playbook_command("site.yml", "--tags", "base")
+    with subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as first:
+        until("the first run holds the fleet", lambda: not on(GATEWAY, f"test -e {LEASE} || echo no"), 60, 0.05)
+        # Stopped, it holds the hosts for as long as the second run takes.
+        first.send_signal(signal.SIGSTOP)
+        try:
+            second = playbook("site.yml", "--tags", "base", check=False)
+        finally:
+            first.send_signal(signal.SIGCONT)
+        told = first.communicate()[0].decode()
+    assert first.returncode == 0, told
+    who = rf"{GATEWAY} is being changed by {getpass.getuser()} on {socket.gethostname()} \(process {first.pid}\), since 20"
+    assert re.search(who, " ".join(second.output.split())), second.output
+    assert second.status != 0
+    assert {counters["changed"] for counters in second.recap().values()} == {0}
+
+    worker = WORKERS[0]
+    other = {
+        "run": "x",
+        "who": "alice",
+        "controller": "ctl9",
+        "pid": 7,
+        "place": "elsewhere",
+        "since": "2026-01-02 03:04:05",
+    }
+    on(worker, f"cat >{LEASE}", stdin=json.dumps(other))
+    refused = playbook("site.yml", "--tags", "base", check=False)
+    assert refused.status != 0
+    assert "alice on ctl9 (process 7), since 2026-01-02 03:04:05 UTC" in " ".join(refused.output.split())
+    assert on(GATEWAY, f"ls {LEASE} 2>/dev/null || true") == "", "who cannot have all hosts keeps none"
+    broken = playbook("site.yml", "--tags", "base", "-e", "fleet_break_lease=true")
+    assert {counters["changed"] for counters in broken.recap().values()} == {0}
+    for host in (GATEWAY, *WORKERS):
+        assert on(host, f"ls {LEASE} 2>/dev/null || true") == ""
+
+
+DEATHS = {
+    "the controller": "kill -9 of ansible-playbook",
+    "both sides": "that, and of the modules that run on the host",
+    "the connection": "kill -9 of the host's end of SSH",
+    "the host": "a restart of the container, without a word to what runs in it",
+}
+
+
+def test_runs_that_die_while_vllm_changes_converge_on_the_next(fleet: Fleet) -> None:
+    """Each run changes the options of an instance there or back, and dies of one of DEATHS at a random moment.
+
+    KILLS=20 makes more of them. With more than eight, every third wants a configuration that vLLM refuses, so that the way back is
+    interrupted as well.
+    """
+    rounds = int(os.environ.get("KILLS", "4"))
+    worker = WORKERS[1]
+    instance = yaml.safe_load((ROOT / "inventories/demo/group_vars/vllm/vllm.yml").read_text())["vllm_instances"][0]
+
+    def wanted(number: int) -> dict[str, Any]:
+        lengths = [1024, 2048, 10_000_000] if rounds > 8 else [1024, 2048]
+        return {
+            "vllm_instances": [
+                {**instance, "options": {**instance["options"], "max-model-len": lengths[number % len(lengths)]}}
+            ]
+        }
+
+    chance = random.Random(20261121)
+    for number in range(rounds):
+        death = list(DEATHS)[number % len(DEATHS)]
+        command = playbook_command("site.yml", "--limit", worker, "--tags", "vllm", variables=wanted(number))
+        with subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as run:
+            time.sleep(chance.uniform(5, 60 if rounds > 8 else 25))
+            if death in ("the controller", "both sides"):
+                os.killpg(run.pid, signal.SIGKILL)
+                if death == "both sides":
+                    on(worker, KILL_MODULES)
+            elif death == "the connection":
+                on(worker, "pkill -9 -f '^sshd: fleet'", check=False)
+            else:
+                hosts.docker("restart", "--time", "1", worker)
+                if hosts.address(worker) != fleet.access["hosts"][worker]:
+                    pytest.skip(f"Docker gave {worker} another address: what is bound to the old one cannot come back")
+            run.wait(timeout=600)
+    done = playbook("site.yml", "--limit", f"{worker},{GATEWAY}")
+    FIGURES[f"the run after {rounds} that died"] = f"{done.seconds:.0f} s"
+    again = playbook("site.yml", "--limit", f"{worker},{GATEWAY}")
+    assert {counters["changed"] for counters in again.recap().values()} == {0}, again.output
+    assert fleet.direct(worker) == 200
+    current = on(worker, "readlink /etc/vllm/chat/current")
+    assert on(worker, "cat /run/vllm/chat/generation") == current, "what runs is what is wanted"
+    assert "max-model-len: 2048" in on(worker, "cat /etc/vllm/chat/current/config.yaml")
+    generations = on(worker, "ls -A /etc/vllm/chat").split()
+    assert [name for name in generations if name != "current" and not name.isdigit()] == []
+    assert len(generations) <= 1 + 3, "vllm_keep_generations"
+    assert on(worker, LEFTOVERS) == ""
+    assert on(worker, f"ls {LEASE} 2>/dev/null || true") == ""
 
 
 # --- after all of that ---

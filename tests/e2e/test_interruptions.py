@@ -21,23 +21,13 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import ENVIRONMENT, ROOT, Done, on, program
+from tests.e2e.conftest import ENVIRONMENT, KILL_MODULES, LEFTOVERS, ROOT, Done, on, program
 from tests.hosts import hosts
 
 FLEET = "e2e-killed"
 HOST = f"{FLEET}-host"
 ROUNDS = 20
 KEYS = ("a" * 40, "b" * 40)
-# Modules run as `/usr/bin/python3` that reads its program from its input.
-KILL_MODULES = (
-    "for process in /proc/[0-9]*; do"
-    " [ \"$(tr '\\0' ' ' <$process/cmdline 2>/dev/null)\" = '/usr/bin/python3 ' ] && kill -9 ${process#/proc/}; done; true"
-)
-# What a run keeps beside its files while it works.
-LEFTOVERS = (
-    "find / -xdev \\( -name '.tree-*' -o -name '*.ansible_tmp' -o -name journal.json -path '/var/lib/vllm-fleet/*' \\)"
-    " -not -path '/proc/*' 2>/dev/null"
-)
 
 
 def configuration(number: int) -> dict[str, Any]:

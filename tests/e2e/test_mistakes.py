@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.certificates import make_pair
-from tests.e2e.conftest import Done, on, program
+from tests.e2e.conftest import ROOT, Done, on, program
 from tests.hosts import hosts
 
 HOST = "e2e-mistakes-host"
@@ -219,6 +219,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         instance(environment={"VLLM_CPU_KVCACHE_SPACE": 5000}),
         "GB of memory, but the host has",
     ),
+    "no space for a release": (
+        {"vllm_releases_path": "/mnt/small/releases"},
+        "/mnt/small has 0.1 GB free, but building a release takes 6 GB; make room or set vllm_releases_path",
+    ),
     "no GPU": (
         {**instance(gpus=[0]), "vllm_device": "cuda"},
         "vllm_device is cuda, but nvidia-smi is not there: install the NVIDIA driver first, or set vllm_device: cpu",
@@ -284,6 +288,7 @@ def host() -> Iterator[str]:
     """A bare host."""
     hosts.down("e2e-mistakes")
     hosts.up("e2e-mistakes", {HOST: "debian12"})
+    on(HOST, "mkdir /mnt/small && mount -t tmpfs -o size=100m tmpfs /mnt/small")
     on(HOST, "systemd-run --quiet /usr/bin/python3 -m http.server 9999 --bind 127.0.0.1")
     yield HOST
     hosts.down("e2e-mistakes")
@@ -342,3 +347,20 @@ def test_groups_that_the_plays_do_not_know_are_told(host: str, tmp_path: Path) -
     )
     file.write_text(json.dumps({"vllm": {"hosts": {"right": RIGHT}}}))
     assert "The inventory has no host in the group gateway" in preflight(file).output
+
+
+def test_a_collection_that_is_too_old_or_missing_is_told(host: str, tmp_path: Path) -> None:
+    """The real collections, and before them one that says of itself that it is old."""
+    old = tmp_path / "ansible_collections/ansible/posix"
+    old.mkdir(parents=True)
+    (old / "MANIFEST.json").write_text(json.dumps({"collection_info": {"version": "1.5.4"}}))
+    done = program(
+        *("ansible-playbook", "site.yml", "--tags", "preflight", "-i", str(inventory(tmp_path, {"right": {}}))),
+        environment={"ANSIBLE_COLLECTIONS_PATH": f"{tmp_path}:{ROOT / '.collections'}"},
+        check=False,
+    )
+    assert done.status != 0
+    assert (
+        "The collection ansible.posix is 1.5.4, but must be 2.1.0 or newer: install what is needed with: ansible-galaxy collection"
+        in " ".join(done.output.split())
+    )

@@ -72,8 +72,11 @@ def test_role_has_the_files_that_every_role_has(role: str) -> None:
 @pytest.mark.parametrize("role", sorted(set(ROLES) - NOT_STAGED))
 def test_main_is_a_table_of_contents_with_the_stages_in_order(role: str) -> None:
     path = ROOT / "roles" / role / "tasks" / "main.yml"
+    # Two lines a stage; a third one says when it is left out.
     lines = [
-        line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith(("#", "---"))
+        line
+        for line in path.read_text().splitlines()
+        if line.strip() and not line.lstrip().startswith(("#", "---", "when: "))
     ]
     assert len(lines) <= 10
     included = [

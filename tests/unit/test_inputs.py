@@ -91,15 +91,22 @@ def role(tmp_path: Path) -> Path:
         {"problems": "{{ [shop_name ~ ' is too long'] if shop_name | length > 4 else [] }}"},
     ]
     (tmp_path / "roles/shop/tasks/look.yml").write_text(
-        json.dumps([{"name": "Look", "gpufleet.llm.check_inputs": {"checks": checks}}])
+        json.dumps([{"name": "Look", "gpufleet.llm.check_inputs": {"checks": checks}, "register": "__shop_checked"}])
     )
     return tmp_path
+
+
+COLLECTED = "{{ query('vars', *query('varnames', '^__[a-z_]+_checked$')) | map(attribute='problems') | flatten }}"
 
 
 def play(directory: Path, collect: bool = False, **variables: object) -> subprocess.CompletedProcess[str]:
     """Run the role's check twice, as two roles would, in a real Ansible."""
     task = {"name": "Role", "include_role": {"name": "shop", "tasks_from": "look.yml", "rolespec_validate": False}}
-    last = {"name": "Report", "gpufleet.llm.check_inputs": {}, "vars": {"check_inputs_collect": False}}
+    last = {
+        "name": "Report",
+        "gpufleet.llm.check_inputs": {"checks": [{"problems": COLLECTED}]},
+        "vars": {"check_inputs_collect": False},
+    }
     tasks = [task, task, last]
     book = [{"hosts": "localhost", "gather_facts": False, "vars": {"check_inputs_collect": collect}, "tasks": tasks}]
     (directory / "play.yml").write_text(json.dumps(book))
