@@ -155,7 +155,7 @@ def test_what_is_wrong_with_headers_is_named_without_their_values(headers: dict[
 
 def test_headers_go_only_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the host, without Ansible: the address of every request and of every redirect is looked up."""
-    monkeypatch.syspath_prepend(str(ROOT / "roles/model_store/files/fetch"))
+    monkeypatch.syspath_prepend(str(ROOT / "roles/model_store/templates/opt/model-store/fetch"))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     downloader = importlib.import_module("from_url")
     rules_of = {"https://a.example/models": {"Authorization": "Bearer secret"}}
