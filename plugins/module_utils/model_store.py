@@ -212,6 +212,14 @@ def plan(models: Sequence[Model]) -> list[Model]:
     return planned
 
 
+def asks_for(model: Model) -> dict[str, Any]:
+    """What decides which files a model from elsewhere has. Its manifest says the same."""
+    return {
+        **{key: str(model.get(key) or "") for key in ("source", "repository", "revision")},
+        **{key: list(model.get(key) or []) for key in ("include", "exclude")},
+    }
+
+
 def manifest_of(directory: Path) -> dict[str, Any] | None:
     """The manifest of a directory when every file that it names is there in its size."""
     try:

@@ -44,6 +44,10 @@ options:
     description: Room that must be left on the disk after a copy.
     type: int
     default: 0
+  share:
+    description: Tell other hosts, by C(present) and C(absent), what they could copy from this one and it from them.
+    type: bool
+    default: false
 """
 
 EXAMPLES = r"""
@@ -60,6 +64,16 @@ user_ready:
   returned: success
 missing:
   description: Names of the models that have to be fetched.
+  type: list
+  elements: str
+  returned: success
+present:
+  description: Directories of the wanted revisions that are here and came from elsewhere. Empty without O(share).
+  type: list
+  elements: str
+  returned: success
+absent:
+  description: Those that are not here. Empty without O(share).
   type: list
   elements: str
   returned: success
@@ -106,6 +120,8 @@ class Store:
         self.changed = False
         self.missing: list[str] = []
         self.removed: list[str] = []
+        self.present: list[str] = []
+        self.absent: list[str] = []
         self.uid = self.gid = -1
         self.user_ready = False
         try:
@@ -119,12 +135,21 @@ class Store:
         """Do what can be done without a network, and note what is missing."""
         if self.uid < 0 and not self.check_mode:
             self.missing = [model["name"] for model in self.parameters["models"]]
+            self.compare()
             return
         self.directories()
         for model in self.parameters["models"]:
             self.place(model)
+        self.compare()
         if not self.parameters["arrived_name"]:
             self.room()
+
+    def compare(self) -> None:
+        """What other hosts may copy from here, or here from others. A model on the controller is copied from there."""
+        if self.parameters["share"]:
+            for model in self.parameters["models"]:
+                if model["source"] != "path":
+                    (self.absent if model["name"] in self.missing else self.present).append(model["directory"])
 
     def directories(self) -> None:
         """The store and its parts are there and belong to its user."""
@@ -198,6 +223,7 @@ def main() -> None:
             "arrived_name": {"type": "str", "default": ""},
             "keep_revisions": {"type": "int", "default": 2},
             "reserve_bytes": {"type": "int", "default": 0},
+            "share": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
@@ -207,7 +233,8 @@ def main() -> None:
     except (ModelError, OSError) as error:
         module.fail_json(msg=str(error))
     changed = store.changed or (module.check_mode and bool(store.missing))
-    module.exit_json(changed=changed, missing=store.missing, removed=store.removed, user_ready=store.user_ready)
+    told = {key: getattr(store, key) for key in ("missing", "present", "absent", "removed", "user_ready")}
+    module.exit_json(changed=changed, **told)
 
 
 if __name__ == "__main__":

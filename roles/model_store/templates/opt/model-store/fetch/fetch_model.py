@@ -25,7 +25,7 @@ from job import File, Job, RefusedError, Source
 
 MANIFEST = ".model.json"
 ATTEMPTS = 5
-SOURCES = {"huggingface": "HuggingFace", "modelscope": "ModelScope", "url": "Url"}
+SOURCES = {"huggingface": "HuggingFace", "modelscope": "ModelScope", "url": "Url", "peer": "Peer"}
 
 
 def environment(job: Job) -> dict[str, str]:
@@ -101,7 +101,7 @@ def download(job: Job, source: Source, chosen: dict[str, File]) -> None:
         watcher.join()
 
 
-def verify(job: Job, chosen: dict[str, File]) -> dict[str, dict[str, int | str]]:
+def verify(job: Job, source: Source, chosen: dict[str, File]) -> dict[str, dict[str, int | str]]:
     """Compare every file with what the source says that it is: by SHA-256, or by git's name for it."""
     found: dict[str, dict[str, int | str]] = {}
     for name, file in sorted(chosen.items()):
@@ -116,16 +116,7 @@ def verify(job: Job, chosen: dict[str, File]) -> dict[str, dict[str, int | str]]
         wanted, got = (file.sha256, sha256.hexdigest()) if file.sha256 else (file.blob, blob.hexdigest())
         if file.size not in (None, size) or wanted != got:
             path.unlink()
-            if job.wanted["files"]:
-                raise RefusedError(
-                    f"{name} is not what model_store_models says: sha256 is {wanted} there, but {got} of the {size} bytes "
-                    "that came. They were removed. Either sha256 is wrong, or the address gives another file than it did, "
-                    "or a proxy damages it"
-                )
-            raise RefusedError(
-                f"{name} is not what the hub says: expected {file.size} bytes, {wanted}, got {size} bytes, {got}. It was "
-                "removed and is fetched anew in the next run; if that fails too, the mirror or a proxy damages it"
-            )
+            raise source.damaged(name, file, size, got)
         found[name] = {"size": size, "sha256": sha256.hexdigest()}
     for path in job.staging.rglob("*"):
         inside = path.relative_to(job.staging)
@@ -145,10 +136,10 @@ def work(job: Job, source: Source) -> None:
     download(job, source, chosen)
     job.say(state="verifying", done=total)
     manifest = {
-        **{key: job.wanted[key] for key in ("name", "source", "repository", "revision")},
+        **{key: job.wanted[key] for key in ("name", "source", "repository", "revision", "include", "exclude")},
         "path": "",
         "commit": commit,
-        "files": verify(job, chosen),
+        "files": verify(job, source, chosen),
     }
     aside = job.staging / f"{MANIFEST}.new"
     aside.write_text(json.dumps(manifest, indent=2) + "\n")
@@ -163,7 +154,7 @@ def main() -> int:
     os.environ.update(job.wanted["environment"])
     os.environ.update(environment(job))
     job.say()
-    kind = job.wanted["source"]
+    kind = "peer" if job.wanted["peer"] else job.wanted["source"]
     source: Source = getattr(importlib.import_module(f"from_{kind}"), SOURCES[kind])(job)
     said, failed, most = "", 0, 0
     while failed < ATTEMPTS:

@@ -38,6 +38,7 @@ class Job:
             "total": 0,
             "message": "",
             "directory": self.staging.name,
+            "peer": wanted["peer"],
         }
         self.lock = threading.Lock()
 
@@ -97,3 +98,10 @@ class Source:
     def fetch(self, name: str, file: File) -> None:
         """Put one file in its place, going on where an earlier run stopped."""
         raise NotImplementedError
+
+    def damaged(self, name: str, file: File, size: int, got: str) -> RefusedError:
+        """A file that came has this size and hash and not those of the source. It has been removed."""
+        return RefusedError(
+            f"{name} is not what the hub says: expected {file.size} bytes, {file.sha256 or file.blob}, got {size} bytes, "
+            f"{got}. It was removed and is fetched anew in the next run; if that fails too, the mirror or a proxy damages it"
+        )
