@@ -86,7 +86,7 @@ def ranges(host: Host, way: str = "") -> list[str]:
     return [line.rsplit(" ", 1)[1] for line in lines if not line.endswith("bytes=0-0") and "/repo?" not in line]
 
 
-def until(what: Callable[[], bool], seconds: float, complaint: str) -> None:
+def until(what: Callable[[], object], seconds: float, complaint: str) -> None:
     """Wait until something is so."""
     end = time.monotonic() + seconds
     while not what():
@@ -95,6 +95,11 @@ def until(what: Callable[[], bool], seconds: float, complaint: str) -> None:
         time.sleep(0.3)
 
 
-def has_begun(host: Host, name: str) -> bool:
+def has_begun(host: Host, name: str, path: str = STORE) -> bool:
     """Whether some of a model's weights is on the disk; they are written in pieces of a megabyte."""
-    return bool(host.run(f"find {STORE}/.partial/{name}-* -size +1023k").stdout)
+    return bool(host.run(f"find {path}/.partial/{name}-* -size +1023k").stdout)
+
+
+def has_ended(host: Host, unit: str) -> bool:
+    """Whether a unit does not run any more."""
+    return bool(host.run(f"systemctl is-active {unit}").rc != 0)

@@ -124,6 +124,7 @@ from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils import model_unit
+from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import status_directory
 
 
 def unit_of(name: str) -> str:
@@ -132,8 +133,8 @@ def unit_of(name: str) -> str:
 
 
 def status_file(parameters: dict[str, Any]) -> Path:
-    """Where the download says how it goes."""
-    return Path(parameters["path"]) / ".partial" / f"{parameters['model']['directory']}.status.json"
+    """Where the download says how it goes: not on the disk of the store, which may be full."""
+    return status_directory(parameters["model"]["name"]) / "status.json"
 
 
 def said(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -185,6 +186,11 @@ def secrets_of(parameters: dict[str, Any]) -> dict[str, Any]:
 def unit_for(parameters: dict[str, Any]) -> model_unit.Unit:
     """The transient unit: no root, one writable directory, and its secrets as credentials."""
     properties = ["Type=exec", f"User={parameters['user']}", f"ReadWritePaths={parameters['path']}", "UMask=0022"]
+    # What it said last is read after it ended.
+    properties += [
+        f"RuntimeDirectory={status_directory(parameters['model']['name']).name}",
+        "RuntimeDirectoryPreserve=yes",
+    ]
     return model_unit.Unit(
         unit_of(parameters["model"]["name"]),
         f"Download of the model {parameters['model']['name']}",

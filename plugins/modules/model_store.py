@@ -92,6 +92,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.gpufleet.llm.plugins.module_utils.model_progress import amount
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import (
     Model,
     ModelError,
@@ -207,8 +208,8 @@ class Store:
         reserve = self.parameters["reserve_bytes"]
         if waiting and needed + reserve > free:
             raise ModelError(
-                f"{', '.join(model['name'] for model in waiting)} take {needed / 1e9:.1f} GB, but {self.path} has "
-                f"{free / 1e9:.1f} GB free and {reserve / 1e9:.1f} GB shall stay free (model_store_minimum_free_gb)"
+                f"{', '.join(model['name'] for model in waiting)} take {amount(needed)}, but {self.path} has "
+                f"{amount(free)} free and {amount(reserve)} shall stay free (model_store_minimum_free_gb)"
             )
 
 

@@ -295,7 +295,7 @@ def test_a_linked_model_must_be_there(keeper: Keeper) -> None:
 
 
 def test_a_disk_that_is_too_small_is_refused(keeper: Keeper, source: Path) -> None:
-    with pytest.raises(rules.ModelError, match=r"tiny take 0.0 GB, but .* shall stay free"):
+    with pytest.raises(rules.ModelError, match=r"tiny take 0.0 kB, but .* and 1000000000.0 GB shall stay free"):
         keeper.run(copied(source), reserve_bytes=10**18)
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from tests.model_stores import (
     asked,
     forget,
     has_begun,
+    has_ended,
     hub,
     mode,
     modelscope,
@@ -149,7 +151,7 @@ def test_secrets_open_what_is_closed_and_show_nowhere(both: list[Host], tmp_path
 
 def test_a_stopped_download_goes_on_and_a_damaged_file_is_refused_and_fetched_anew(both: list[Host]) -> None:
     models = [hub("halted-hf"), modelscope("halted-ms"), url("halted-url")]
-    mode(both, "slow")
+    mode(both, "brisk")
     running = subprocess.Popen(
         role_command(both, "model_store", model_store_models=models),
         cwd=ROOT, env=environment("model_store"), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -157,7 +159,7 @@ def test_a_stopped_download_goes_on_and_a_damaged_file_is_refused_and_fetched_an
     for model in models:
         for host in both:
             name = str(model["name"])
-            until(lambda host=host, name=name: has_begun(host, name), 120, f"{name} did not begin")  # type: ignore[misc]
+            until(partial(has_begun, host, name), 120, f"{name} did not begin")
             host.check_output(f"systemctl kill --signal=KILL model-download-{name}")
     said, _ = running.communicate()
     assert running.returncode != 0, said
@@ -214,7 +216,7 @@ def test_a_killed_playbook_loses_nothing_and_the_token_shows_nowhere(both: list[
         start_new_session=True,
     )
     for host in both:
-        until(lambda host=host: bool(ranges(host)), 60, "the download did not begin")  # type: ignore[misc]
+        until(partial(ranges, host), 60, "the download did not begin")
         # while it runs, the token is in no command line, unit or environment that others may see
         assert GOOD not in host.check_output(
             "ps -eo args --no-headers 2>/dev/null || cat /proc/[0-9]*/cmdline | tr '\\0' ' '"
@@ -289,12 +291,10 @@ def test_revisions_come_go_and_come_back(both: list[Host], tmp_path: Path) -> No
         assert asked(host) == []
     for number, host in enumerate(both):
         assert [host.file(directories[number]).exists for directories in grown] == [False, True, True]
-    assert not changed(store(both, [copied, hub("cut"), hub("moving")]))
-
-
-def test_the_same_files_from_elsewhere_are_not_fetched_again(both: list[Host]) -> None:
-    """What a model from addresses is, its hashes say: a newer signature or another mirror changes nothing."""
-    store(both, [url("tiny-url", "elsewhere", "?X-Signature=new")])
+    # nothing to do, also for the same files from another mirror and by a newer signature: what such a model is, its hashes say
+    assert not changed(
+        store(both, [copied, hub("cut"), hub("moving"), url("tiny-url", "elsewhere", "?X-Signature=new")])
+    )
     for host in both:
         assert asked(host) == []
 
@@ -304,17 +304,71 @@ def test_a_disk_that_is_too_small_is_refused_before_the_download(both: list[Host
         host.check_output("mkdir -p /srv/small && mount -t tmpfs -o size=4m tmpfs /srv/small")
     try:
         for host, words in zip(both, refuse(both, [hub("large")], model_store_path="/srv/small"), strict=True):
-            assert "acme/tiny needs 0.0 GB more, but /srv/small has 0.0 GB free" in words
+            assert "acme/tiny needs 8.0 MB more, but /srv/small has 4.2 MB free and 0.0 kB shall stay free" in words
             assert not [line for line in asked(host) if line.startswith("GET /acme/")]
         (tmp_path / "config.json").write_text("{}")
         (tmp_path / "model.safetensors").write_bytes(bytes(5_000_000))
         copied: Model = {"name": "large", "source": "path", "path": str(tmp_path), "copy": True}
         for host, words in zip(both, refuse(both, [copied], model_store_path="/srv/small"), strict=True):
-            assert "large take 0.0 GB, but /srv/small has 0.0 GB free" in words
+            assert "large take 5.0 MB, but /srv/small has 4.2 MB free" in words
             assert "large" not in host.check_output("ls /srv/small")
     finally:
         for host in both:
             host.check_output("umount /srv/small")
+
+
+def test_a_disk_that_fills_up_is_named_and_the_next_run_goes_on(both: list[Host]) -> None:
+    """There is room for all of it when it begins; then another file grows. Each source in turn."""
+    small = "/srv/filling"
+    for host in both:
+        host.check_output(f"mkdir -p {small} && mount -t tmpfs -o size=48m tmpfs {small}")
+    try:
+        store(both, [hub("full-hf")], model_store_path=small)
+        models = [hub("full-hf", revision=SECOND), modelscope("full-ms"), url("full-url")]
+        mode(both, "brisk")
+        forget(*both)
+        running = subprocess.Popen(
+            role_command(both, "model_store", model_store_models=models, model_store_path=small),
+            cwd=ROOT, env=environment("model_store"), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        for model in models:
+            name = str(model["name"])
+            for host in both:
+                until(partial(has_begun, host, name, small), 60, f"{name} did not begin")
+                host.run(f"head -c 64M /dev/zero >{small}/other")
+            for host in both:
+                until(partial(has_ended, host, f"model-download-{name}"), 60, f"{name} goes on")
+                host.check_output(f"rm {small}/other")
+        said, _ = running.communicate()
+        assert running.returncode != 0, said
+        for host in both:
+            words = told(said, host)
+            for model in models:
+                what = model.get("repository", model["name"])
+                assert re.search(
+                    rf"{model['name']}: {small} is full \(No space left on device\): {what} needs [1-7]\.\d MB more, and 0\.0 kB are",
+                    words,
+                ), words
+            # what was there is as it was, and nothing else has a name
+            assert host.check_output(f"ls {small}") == "full-hf"
+            assert host.check_output(f"readlink {small}/full-hf") == f".revisions/full-hf-{FIRST[:12]}"
+            assert host.file(f"{small}/full-hf/model.safetensors").sha256sum == WEIGHTS
+
+        mode(both, "well-behaved")
+        forget(*both)
+        store(both, models, model_store_path=small)
+        for host in both:
+            begun = [*ranges(host, "/acme/"), *ranges(host, "/storage/")]
+            assert len(begun) == len(models), begun
+            for first in begun:
+                assert int(first.removeprefix("bytes=").partition("-")[0]) >= 1_000_000, begun
+            for name in ("full-ms", "full-url"):
+                assert host.file(f"{small}/{name}/model.safetensors").sha256sum == WEIGHTS
+            assert host.check_output(f"readlink {small}/full-hf") == f".revisions/full-hf-{SECOND[:12]}"
+    finally:
+        for host in both:
+            host.run("systemctl stop 'model-download-*'")
+            host.check_output(f"umount {small}")
 
 
 def test_a_disk_that_is_not_mounted_is_named(both: list[Host]) -> None:

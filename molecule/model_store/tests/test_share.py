@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tests.model_stores import (
     asked,
     forget,
     has_begun,
+    has_ended,
     hub,
     modelscope,
     ranges,
@@ -56,8 +58,8 @@ def nothing_is_left(hosts: list[Host], *names: str) -> None:
 
 @pytest.fixture
 def thin_line(both: list[Host]) -> Iterator[None]:
-    """The first host sends a megabyte in a second, so that a copy from it takes long enough to be disturbed."""
-    command = "tc qdisc add dev eth0 root tbf rate 8mbit burst 32kbit latency 400ms"
+    """The first host sends a megabyte and a half in a second, so that a copy from it takes long enough to be disturbed."""
+    command = "tc qdisc add dev eth0 root tbf rate 12mbit burst 32kbit latency 400ms"
     both[0].check_output(command)
     yield
     both[0].check_output("tc qdisc del dev eth0 root")
@@ -181,7 +183,7 @@ def test_a_run_that_is_killed_leaves_no_server_and_no_secret(both: list[Host], t
     assert secret not in printed.read_text()
     # the copy goes on, and then both units end by themselves
     for host, unit in ((second, "model-download-orphan"), (first, "model-share")):
-        until(lambda host=host, unit=unit: host.run(f"systemctl is-active {unit}").rc != 0, 60, f"{unit} goes on")  # type: ignore[misc]
+        until(partial(has_ended, host, unit), 60, f"{unit} goes on")
     assert f":{PORT} " not in first.check_output("ss -ltn")
     for host in both:
         assert secret not in host.check_output("journalctl --no-pager --quiet --output=verbose")

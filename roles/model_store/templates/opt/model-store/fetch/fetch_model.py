@@ -21,10 +21,12 @@ import threading
 import time
 from pathlib import Path
 
-from job import File, Job, RefusedError, Source
+from job import File, Job, RefusedError, Source, amount
 
 MANIFEST = ".model.json"
 ATTEMPTS = 5
+FULL = (errno.ENOSPC, errno.EDQUOT)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 SOURCES = {"huggingface": "HuggingFace", "modelscope": "ModelScope", "url": "Url", "peer": "Peer"}
 
 
@@ -69,9 +71,25 @@ def room(job: Job, total: int) -> None:
     missing = max(total - job.on_disk(), 0)
     if missing + job.wanted["reserve"] > free:
         raise RefusedError(
-            f"{job.what} needs {missing / 1e9:.1f} GB more, but {job.staging.parent.parent} has "
-            f"{free / 1e9:.1f} GB free and {job.wanted['reserve'] / 1e9:.1f} GB shall stay free (model_store_minimum_free_gb)"
+            f"{job.what} needs {amount(missing)} more, but {job.staging.parent.parent} has {amount(free)} free and "
+            f"{amount(job.wanted['reserve'])} shall stay free (model_store_minimum_free_gb)"
         )
+
+
+def disk(job: Job, error: BaseException | None) -> str:
+    """What the disk says, if this error comes from it: a client may have wrapped it in one of its own."""
+    while error is not None:
+        number = getattr(error, "errno", None)
+        if number in FULL:
+            missing, free = max(job.state["total"] - job.on_disk(), 0), shutil.disk_usage(job.staging).free
+            return (
+                f"{job.staging.parent.parent} is full ({os.strerror(number)}): {job.what} needs {amount(missing)} more, and "
+                f"{amount(free)} are free. What has arrived stays: make room, and the next run goes on there"
+            )
+        if number in CLOSED:
+            return f"{job.staging} cannot be written: {os.strerror(number)}"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def download(job: Job, source: Source, chosen: dict[str, File]) -> None:
@@ -170,8 +188,8 @@ def main() -> int:
             # An attempt that brought something does not count: a line that breaks every hour gets there too.
             failed, most = (1 if job.on_disk() > most else failed + 1), max(job.on_disk(), most)
             print(f"attempt {failed} of {ATTEMPTS}: {said}", flush=True)
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-                job.say(state="failed", message=f"{job.staging} cannot be written: {said}")
+            if refusal := disk(job, error):
+                job.say(state="failed", message=refusal)
                 return 1
         if failed < ATTEMPTS:
             time.sleep(job.wanted["pause"] * failed)

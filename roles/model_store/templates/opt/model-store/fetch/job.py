@@ -25,6 +25,14 @@ class File:
     blob: str = ""  # what git calls the file: Hugging Face has no SHA-256 of small ones
 
 
+def amount(count: float) -> str:
+    """Bytes as people read them."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB")):
+        if count >= limit:
+            return f"{count / limit:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
 class Job:
     """What is to be done, and how far it is."""
 
