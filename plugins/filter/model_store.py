@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import (
     contents,
     header_problems,
@@ -40,7 +41,11 @@ def model_store_lackers(hostvars: Mapping[str, Any], hosts: Sequence[str], direc
 
 def model_store_unseen(hostvars: Mapping[str, Any], hosts: Sequence[str]) -> list[str]:
     """The hosts that share and that this run has not looked at yet: with `serial`, their turn comes later."""
-    return [host for host in hosts if hostvars[host].get("model_store_share") is True and not _state(hostvars, host)]
+    return [
+        host
+        for host in hosts
+        if boolean(hostvars[host].get("model_store_share", False), strict=False) and not _state(hostvars, host)
+    ]
 
 
 def _state(hostvars: Mapping[str, Any], host: str) -> Mapping[str, Any]:

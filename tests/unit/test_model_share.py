@@ -33,12 +33,14 @@ def test_hosts_are_told_apart_by_what_they_have() -> None:
         "lacks": {"__model_store_state": {"present": [], "absent": ["a-1"]}},
         "silent": {"__model_store_state": {"present": [], "absent": []}},  # it does not share
         "later": {"model_store_share": True},
-        "never": {},
+        "asked": {"model_store_share": "true"},  # as -e gives it
+        "never": {"model_store_share": "false"},
+        "bare": {},
     }
     hosts = list(hostvars)
     assert filters.model_store_holders(hostvars, hosts, "a-1") == ["has"]
     assert filters.model_store_lackers(hostvars, hosts, "a-1") == ["lacks"]
-    assert filters.model_store_unseen(hostvars, hosts) == ["later"]
+    assert filters.model_store_unseen(hostvars, hosts) == ["later", "asked"]
     # a host that did not answer has nothing
     looked = {"results": [{"item": "later", "present": ["a-1"]}, {"item": "never", "unreachable": True}]}
     assert filters.model_store_holders(hostvars, hosts, "a-1", looked) == ["has", "later"]
