@@ -1,4 +1,4 @@
-"""What the tests of several scenarios need: the role applied once more to the host under test, with other variables."""
+"""What the tests of several scenarios need: the role applied once more to a host under test, or to several, with other variables."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from testinfra.host import Host
 
 ROOT = Path(__file__).resolve().parents[1]
+Hosts: TypeAlias = "Host | Sequence[Host]"
 
 
 def host_name(host: Host) -> str:
@@ -19,11 +22,12 @@ def host_name(host: Host) -> str:
     return name.removeprefix("docker://")
 
 
-def role_command(host: Host, role: str, *options: str, **variables: object) -> list[str]:
-    """The command that applies a role to the host under test; `options` go to ansible-playbook. Run it in ROOT with environment()."""
+def role_command(host: Hosts, role: str, *options: str, **variables: object) -> list[str]:
+    """The command that applies a role to the hosts under test; `options` go to ansible-playbook. Run it in ROOT with environment()."""
+    names = [host_name(one) for one in (host if isinstance(host, Sequence) else [host])]
     return [
         "ansible-playbook", "molecule/shared/converge.yml", f"--inventory={ROOT}/molecule/shared/inventory/",
-        f"--limit={host_name(host)}", "--extra-vars", json.dumps(variables), *options,
+        f"--limit={','.join(names)}", "--extra-vars", json.dumps(variables), *options,
     ]  # fmt: skip
 
 
@@ -33,20 +37,20 @@ def environment(role: str) -> dict[str, str]:
     return {**os.environ, "MOLECULE_SCENARIO_NAME": role, "ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_NOCOLOR": "1"}
 
 
-def apply_role(host: Host, role: str, *options: str, **variables: object) -> subprocess.CompletedProcess[str]:
-    """Apply a role to the host under test in a run of its own."""
+def apply_role(host: Hosts, role: str, *options: str, **variables: object) -> subprocess.CompletedProcess[str]:
+    """Apply a role to the hosts under test in a run of its own."""
     command = role_command(host, role, *options, **variables)
     return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False, env=environment(role))
 
 
-def applied(host: Host, role: str, *options: str, **variables: object) -> str:
+def applied(host: Hosts, role: str, *options: str, **variables: object) -> str:
     """Apply a role, expect success, and return what Ansible printed."""
     done = apply_role(host, role, *options, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def refused(host: Host, role: str, *options: str, **variables: object) -> str:
+def refused(host: Hosts, role: str, *options: str, **variables: object) -> str:
     """Apply a role, expect a failure, and return what Ansible printed, its line breaks undone."""
     done = apply_role(host, role, *options, **variables)
     assert done.returncode != 0, done.stdout
@@ -56,3 +60,9 @@ def refused(host: Host, role: str, *options: str, **variables: object) -> str:
 def changed(told: str) -> bool:
     """Whether a run changed anything, from what it printed."""
     return re.search(r" changed=[1-9]", told) is not None
+
+
+def told(said: str, host: Host) -> str:
+    """What a run printed about one of its hosts, its line breaks undone."""
+    blocks = re.findall(rf"^\w+: \[{re.escape(host_name(host))}\].*(?:\n .*)*", said, re.MULTILINE)
+    return " ".join(" ".join(blocks).split())

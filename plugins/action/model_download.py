@@ -49,6 +49,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 shown = time.monotonic()
                 display.display(f"{name} {progress.line(state['state'], state['done'], state['total'])}")
         result.update(changed=True, state=state["state"], done=state["done"], total=state["total"])
-        if state["state"] == "failed":
+        if state["state"] == "failed" and arguments.get("peer"):
+            # A warning: it can still come from where it came from first, which goes on with what has arrived.
+            result["warnings"] = [f"{name} is not copied from another host: {state['message']}"]
+        elif state["state"] == "failed":
             result.update(failed=True, msg=f"{arguments['model']['name']}: {state['message']}")
         return result

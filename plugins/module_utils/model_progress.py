@@ -15,6 +15,12 @@ def size(count: float) -> tuple[float, str]:
     return 1e3, "kB"
 
 
+def amount(count: float) -> str:
+    """Bytes as people read them."""
+    limit, unit = size(count)
+    return f"{count / limit:.1f} {unit}"
+
+
 class Progress:
     """Remembers the last half minute to tell the speed."""
 

@@ -212,6 +212,14 @@ def plan(models: Sequence[Model]) -> list[Model]:
     return planned
 
 
+def asks_for(model: Model) -> dict[str, Any]:
+    """What decides which files a model from elsewhere has. Its manifest says the same."""
+    return {
+        **{key: str(model.get(key) or "") for key in ("source", "repository", "revision")},
+        **{key: list(model.get(key) or []) for key in ("include", "exclude")},
+    }
+
+
 def manifest_of(directory: Path) -> dict[str, Any] | None:
     """The manifest of a directory when every file that it names is there in its size."""
     try:
@@ -269,6 +277,11 @@ def own(directory: Path, uid: int, gid: int) -> None:
                 (Path(folder) / name).chmod(0o644)
 
 
+def status_directory(name: str) -> Path:
+    """Where the download of a model says how it goes."""
+    return Path("/run") / f"model-download-{name}"
+
+
 def publish(store: Path, model: Model, uid: int, gid: int) -> None:
     """Move a verified directory under its final name."""
     staged, final = store / ".partial" / model["directory"], store / ".revisions" / model["directory"]
@@ -277,7 +290,7 @@ def publish(store: Path, model: Model, uid: int, gid: int) -> None:
     if final.exists():
         shutil.rmtree(final)  # not whole, or it would not be fetched again
     staged.rename(final)
-    (store / ".partial" / f"{model['directory']}.status.json").unlink(missing_ok=True)
+    shutil.rmtree(status_directory(model["name"]), ignore_errors=True)
 
 
 def prune(store: Path, name: str, keep: int) -> list[str]:

@@ -58,6 +58,12 @@ options:
     description: For addresses, what follows the question mark, by the name of the file.
     type: dict
     default: {}
+  peer:
+    description:
+      - What M(gpufleet.llm.model_share) returned on a host that hands the model out at O(endpoint), to whoever has O(token).
+      - Then it comes from there, and what cannot be had from there is a warning and no failure.
+    type: dict
+    default: {}
   parallel:
     description: Files at the same time.
     type: int
@@ -112,14 +118,13 @@ total:
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
-
-RUN = Path("/run/model-download")
+from ansible_collections.gpufleet.llm.plugins.module_utils import model_unit
+from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import status_directory
 
 
 def unit_of(name: str) -> str:
@@ -128,8 +133,8 @@ def unit_of(name: str) -> str:
 
 
 def status_file(parameters: dict[str, Any]) -> Path:
-    """Where the download says how it goes."""
-    return Path(parameters["path"]) / ".partial" / f"{parameters['model']['directory']}.status.json"
+    """Where the download says how it goes: not on the disk of the store, which may be full."""
+    return status_directory(parameters["model"]["name"]) / "status.json"
 
 
 def said(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -143,15 +148,23 @@ def said(parameters: dict[str, Any]) -> dict[str, Any]:
 
 def job_of(parameters: dict[str, Any]) -> dict[str, Any]:
     """What the downloader is told."""
-    model = parameters["model"]
+    model, peer = parameters["model"], parameters["peer"]
+    files = model.get("files") or []
+    if peer:
+        files = [
+            {"path": name, "url": f"{parameters['endpoint']}/{quote(name)}", **file}
+            for name, file in peer["files"].items()
+        ]
     return {
         "name": model["name"],
         "source": model["source"],
+        "peer": bool(peer),
+        "commit": peer.get("commit", ""),
         "repository": model.get("repository") or "",
         "revision": model["revision"],
         "include": model.get("include") or [],
         "exclude": model.get("exclude") or [],
-        "files": model.get("files") or [],
+        "files": files,
         "staging": str(Path(parameters["path"]) / ".partial" / model["directory"]),
         "status": str(status_file(parameters)),
         "endpoint": parameters["endpoint"].rstrip("/"),
@@ -162,38 +175,29 @@ def job_of(parameters: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def command(parameters: dict[str, Any], secrets: Path) -> list[str]:
+def secrets_of(parameters: dict[str, Any]) -> dict[str, Any]:
+    """What the downloader is told and nobody else. A peer is shown its token as any address is shown its headers."""
+    if parameters["peer"]:
+        shown = {parameters["endpoint"]: {"Authorization": f"Bearer {parameters['token']}"}}
+        return {"token": "", "headers": shown, "queries": {}}
+    return {name: parameters[name] for name in ("token", "headers", "queries")}
+
+
+def unit_for(parameters: dict[str, Any]) -> model_unit.Unit:
     """The transient unit: no root, one writable directory, and its secrets as credentials."""
-    properties = [
-        "Type=exec",
-        f"User={parameters['user']}",
-        f"LoadCredential=job:{secrets}/job",
-        f"LoadCredential=secrets:{secrets}/secrets",
-        "ProtectSystem=strict",
-        f"ReadWritePaths={parameters['path']}",
-        "PrivateTmp=yes",
-        "PrivateDevices=yes",
-        "NoNewPrivileges=yes",
-        "CapabilityBoundingSet=",
-        "RestrictSUIDSGID=yes",
-        "ProtectKernelTunables=yes",
-        "ProtectControlGroups=yes",
-        "UMask=0022",
-        "Nice=5",
+    properties = ["Type=exec", f"User={parameters['user']}", f"ReadWritePaths={parameters['path']}", "UMask=0022"]
+    # What it said last is read after it ended.
+    properties += [
+        f"RuntimeDirectory={status_directory(parameters['model']['name']).name}",
+        "RuntimeDirectoryPreserve=yes",
     ]
-    if not parameters["path"].startswith(("/home/", "/root/")):
-        properties.append("ProtectHome=yes")
-    return [
-        "systemd-run",
-        "--quiet",
-        "--collect",
-        f"--unit={unit_of(parameters['model']['name'])}",
-        f"--description=Download of the model {parameters['model']['name']}",
-        *(f"--property={entry}" for entry in properties),
-        parameters["python"],
-        "-B",
-        parameters["program"],
-    ]
+    return model_unit.Unit(
+        unit_of(parameters["model"]["name"]),
+        f"Download of the model {parameters['model']['name']}",
+        [*properties, *model_unit.homes(parameters["path"])],
+        {"job": json.dumps(job_of(parameters)), "secrets": json.dumps(secrets_of(parameters))},
+        [parameters["python"], "-B", parameters["program"]],
+    )
 
 
 class Download:
@@ -204,51 +208,32 @@ class Download:
         self.parameters: dict[str, Any] = module.params
         self.unit = unit_of(self.parameters["model"]["name"])
 
-    def running(self) -> bool:
-        """Whether it runs."""
-        _rc, state, _error = self.module.run_command(["systemctl", "is-active", self.unit])
-        return str(state).strip() in ("active", "activating", "deactivating")
-
     def start(self) -> dict[str, Any]:
         """Start it, or attach to the one that runs."""
-        if self.running():
+        if model_unit.active(self.module, self.unit):
             if said(self.parameters).get("directory") not in (None, self.parameters["model"]["directory"]):
                 self.module.fail_json(
                     msg=f"{self.unit} fetches another revision; wait for it or stop it: systemctl stop {self.unit}"
                 )
-            return {"changed": True, "attached": True, **self.status()}
+            if not (self.parameters["peer"] or said(self.parameters).get("peer")):
+                return {"changed": True, "attached": True, **self.status()}
+            # A peer has a new secret in each run, which one from before does not know. What it brought stays.
+            model_unit.stop(self.module, self.unit)
         status_file(self.parameters).unlink(missing_ok=True)
-        secrets = RUN / self.parameters["model"]["name"]
-        RUN.mkdir(mode=0o700, exist_ok=True)
-        secrets.mkdir(mode=0o700, exist_ok=True)
-        try:
-            contents = {
-                "job": job_of(self.parameters),
-                "secrets": {name: self.parameters[name] for name in ("token", "headers", "queries")},
-            }
-            for name, content in contents.items():
-                with os.fdopen(os.open(secrets / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                    json.dump(content, file)
-            # Type=exec: it returns when the program runs, and then the credentials were read.
-            rc, _out, error = self.module.run_command(command(self.parameters, secrets))
-        finally:
-            shutil.rmtree(secrets, ignore_errors=True)
-        if rc:
-            self.module.fail_json(msg=f"systemd could not start {self.unit}: {error.strip()}")
+        if problem := model_unit.start(self.module, unit_for(self.parameters)):
+            self.module.fail_json(msg=f"systemd could not start {self.unit}: {problem}")
         return {"changed": True, "attached": False, **said(self.parameters)}
 
     def status(self) -> dict[str, Any]:
         """How it goes. What stopped without a last word has failed."""
-        running = self.running()
+        running = model_unit.active(self.module, self.unit)
         state = said(self.parameters)  # after the question: a last word was said before the end
         if not running and state["state"] not in ("done", "failed"):
-            _rc, log, _error = self.module.run_command(
-                ["journalctl", f"--unit={self.unit}", "--lines=15", "--no-pager", "--output=cat"]
-            )
+            log = model_unit.last_lines(self.module, self.unit)
             state = {
                 **state,
                 "state": "failed",
-                "message": f"{self.unit} stopped by itself. Its last lines:\n{log.strip()}",
+                "message": f"{self.unit} stopped by itself. Its last lines:\n{log}",
             }
         return state
 
@@ -267,6 +252,7 @@ def main() -> None:
             "token": {"type": "str", "default": "", "no_log": True},
             "headers": {"type": "dict", "default": {}, "no_log": True},
             "queries": {"type": "dict", "default": {}, "no_log": True},
+            "peer": {"type": "dict", "default": {}},
             "parallel": {"type": "int", "default": 8},
             "reserve_bytes": {"type": "int", "default": 0},
             "environment": {"type": "dict", "default": {}},

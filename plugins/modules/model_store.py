@@ -44,6 +44,10 @@ options:
     description: Room that must be left on the disk after a copy.
     type: int
     default: 0
+  share:
+    description: Tell other hosts, by C(present) and C(absent), what they could copy from this one and it from them.
+    type: bool
+    default: false
 """
 
 EXAMPLES = r"""
@@ -63,6 +67,16 @@ missing:
   type: list
   elements: str
   returned: success
+present:
+  description: Directories of the wanted revisions that are here and came from elsewhere. Empty without O(share).
+  type: list
+  elements: str
+  returned: success
+absent:
+  description: Those that are not here. Empty without O(share).
+  type: list
+  elements: str
+  returned: success
 removed:
   description: Directories of old revisions that were removed.
   type: list
@@ -78,6 +92,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.gpufleet.llm.plugins.module_utils.model_progress import amount
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import (
     Model,
     ModelError,
@@ -106,6 +121,8 @@ class Store:
         self.changed = False
         self.missing: list[str] = []
         self.removed: list[str] = []
+        self.present: list[str] = []
+        self.absent: list[str] = []
         self.uid = self.gid = -1
         self.user_ready = False
         try:
@@ -119,12 +136,21 @@ class Store:
         """Do what can be done without a network, and note what is missing."""
         if self.uid < 0 and not self.check_mode:
             self.missing = [model["name"] for model in self.parameters["models"]]
+            self.compare()
             return
         self.directories()
         for model in self.parameters["models"]:
             self.place(model)
+        self.compare()
         if not self.parameters["arrived_name"]:
             self.room()
+
+    def compare(self) -> None:
+        """What other hosts may copy from here, or here from others. A model on the controller is copied from there."""
+        if self.parameters["share"]:
+            for model in self.parameters["models"]:
+                if model["source"] != "path":
+                    (self.absent if model["name"] in self.missing else self.present).append(model["directory"])
 
     def directories(self) -> None:
         """The store and its parts are there and belong to its user."""
@@ -182,8 +208,8 @@ class Store:
         reserve = self.parameters["reserve_bytes"]
         if waiting and needed + reserve > free:
             raise ModelError(
-                f"{', '.join(model['name'] for model in waiting)} take {needed / 1e9:.1f} GB, but {self.path} has "
-                f"{free / 1e9:.1f} GB free and {reserve / 1e9:.1f} GB shall stay free (model_store_minimum_free_gb)"
+                f"{', '.join(model['name'] for model in waiting)} take {amount(needed)}, but {self.path} has "
+                f"{amount(free)} free and {amount(reserve)} shall stay free (model_store_minimum_free_gb)"
             )
 
 
@@ -198,6 +224,7 @@ def main() -> None:
             "arrived_name": {"type": "str", "default": ""},
             "keep_revisions": {"type": "int", "default": 2},
             "reserve_bytes": {"type": "int", "default": 0},
+            "share": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
@@ -207,7 +234,8 @@ def main() -> None:
     except (ModelError, OSError) as error:
         module.fail_json(msg=str(error))
     changed = store.changed or (module.check_mode and bool(store.missing))
-    module.exit_json(changed=changed, missing=store.missing, removed=store.removed, user_ready=store.user_ready)
+    told = {key: getattr(store, key) for key in ("missing", "present", "absent", "removed", "user_ready")}
+    module.exit_json(changed=changed, **told)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def test_what_is_wrong_with_headers_is_named_without_their_values(headers: dict[
 
 def test_headers_go_only_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the host, without Ansible: the address of every request and of every redirect is looked up."""
-    monkeypatch.syspath_prepend(str(ROOT / "roles/model_store/files/fetch"))
+    monkeypatch.syspath_prepend(str(ROOT / "roles/model_store/templates/opt/model-store/fetch"))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     downloader = importlib.import_module("from_url")
     rules_of = {"https://a.example/models": {"Authorization": "Bearer secret"}}
@@ -202,7 +202,7 @@ class Keeper:
     def run(self, *models: dict[str, Any], check: bool = False, **more: Any) -> module.Store:
         parameters = {
             "path": str(self.path), "user": self.user, "models": rules.plan(models), "arrived": {}, "arrived_name": "",
-            "keep_revisions": 2, "reserve_bytes": 0, **more,
+            "keep_revisions": 2, "reserve_bytes": 0, "share": False, **more,
         }  # fmt: skip
         store = module.Store(parameters, check)
         store.look()
@@ -295,21 +295,23 @@ def test_a_linked_model_must_be_there(keeper: Keeper) -> None:
 
 
 def test_a_disk_that_is_too_small_is_refused(keeper: Keeper, source: Path) -> None:
-    with pytest.raises(rules.ModelError, match=r"tiny take 0.0 GB, but .* shall stay free"):
+    with pytest.raises(rules.ModelError, match=r"tiny take 0.0 kB, but .* and 1000000000.0 GB shall stay free"):
         keeper.run(copied(source), reserve_bytes=10**18)
 
 
+DOWNLOAD: dict[str, Any] = {
+    "path": "/srv/models", "user": "model-store", "python": "/p", "program": "/f", "endpoint": "https://hub/",
+    "token": "hf_secret", "headers": {"https://a/": {"Authorization": "Bearer hf_secret"}}, "peer": {},
+    "queries": {"x": "hf_secret"}, "parallel": 8, "reserve_bytes": 1, "environment": {"HTTPS_PROXY": "http://me:pw@p"},
+    "pause": 5, "model": rules.plan([hub()])[0],
+}  # fmt: skip
+
+
 def test_secrets_are_in_no_command(tmp_path: Path) -> None:
-    parameters = {
-        "path": "/srv/models", "user": "model-store", "python": "/p", "program": "/f", "endpoint": "https://hub/",
-        "token": "hf_secret", "headers": {"https://a/": {"Authorization": "Bearer hf_secret"}},
-        "queries": {"x": "hf_secret"}, "parallel": 8, "reserve_bytes": 1, "environment": {"HTTPS_PROXY": "http://me:pw@p"},
-        "pause": 5, "model": rules.plan([hub()])[0],
-    }  # fmt: skip
-    line = " ".join(model_download.command(parameters, tmp_path))
+    line = " ".join(model_download.unit_for(DOWNLOAD).start_command(tmp_path))
     assert "hf_secret" not in line
     assert "pw@p" not in line
-    job = model_download.job_of(parameters)
+    job = model_download.job_of(DOWNLOAD)
     assert "hf_secret" not in json.dumps(job)
     assert (job["endpoint"], job["staging"]) == ("https://hub", "/srv/models/.partial/tiny-0123456789ab")
 

@@ -1,171 +1,204 @@
-"""What the store promises, with the real huggingface_hub against a hub on the test host (files/hub.py).
-
-What ModelScope and plain addresses have in common with it is not tested again in test_sources.py.
-"""
+"""What the store promises, with the real clients of both hubs and plain addresses, against a hub on each host (files/hub.py)."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import signal
 import subprocess
-import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from testinfra.host import Host
 
-from tests.roles import ROOT, applied, changed, environment, refused, role_command
-
-FIRST, SECOND = "a" * 40, "b" * 40
-GOOD, BAD = "hf_goodgoodgood", "hf_badbadbad"
-STORE = "/srv/models"
-
-
-def store(host: Host, models: list[dict[str, object]], **variables: object) -> str:
-    """Apply the role with these models."""
-    return applied(host, "model_store", model_store_models=models, **variables)
-
-
-def refuse(host: Host, models: list[dict[str, object]], **variables: object) -> str:
-    """Apply the role with these models, and expect a refusal."""
-    return refused(host, "model_store", model_store_models=models, **variables)
-
-
-def hub(name: str, repository: str = "acme/tiny", revision: str = FIRST) -> dict[str, object]:
-    return {"name": name, "source": "huggingface", "repository": repository, "revision": revision}
-
-
-def asked(host: Host) -> list[str]:
-    """What the hub was asked since the test began."""
-    return str(host.run("cat /srv/hub/log").stdout).splitlines()
-
-
-def mode(host: Host, words: str) -> None:
-    host.check_output(f"echo {words} >/srv/hub/mode")
+from tests.model_stores import (
+    BAD,
+    FIRST,
+    GOOD,
+    SECOND,
+    SERVER,
+    SIZE,
+    STORE,
+    WEIGHTS,
+    Model,
+    asked,
+    forget,
+    has_begun,
+    has_ended,
+    hub,
+    mode,
+    modelscope,
+    ranges,
+    refuse,
+    store,
+    until,
+    url,
+)
+from tests.roles import ROOT, applied, changed, environment, host_name, refused, role_command, told
 
 
-@pytest.fixture(autouse=True)
-def fresh_hub(host: Host) -> Iterator[None]:
-    """Each test starts with a well-behaved hub that was asked nothing."""
-    host.check_output("rm -f /srv/hub/log /srv/hub/mode")
-    yield
-    host.run("systemctl stop 'model-download-*'")
+def test_every_source_is_under_its_name(both: list[Host]) -> None:
+    for host in both:
+        assert host.file(f"{STORE}/tiny-mounted").linked_to == "/srv/mounted/tiny"
+        for name in ("tiny-copied", "tiny-hub", "tiny-modelscope", "tiny-url"):
+            directory = host.check_output(f"readlink {STORE}/{name}")
+            assert directory.startswith(f".revisions/{name}-")
+            manifest = json.loads(host.file(f"{STORE}/{name}/.model.json").content_string)
+            for file, wanted in manifest["files"].items():
+                there = host.file(f"{STORE}/{name}/{file}")
+                assert (there.user, there.mode, there.size) == ("model-store", 0o644, wanted["size"])
+                assert there.sha256sum == wanted["sha256"]
+        for name in ("tiny-hub", "tiny-modelscope", "tiny-url"):
+            assert host.file(f"{STORE}/{name}/model.safetensors").sha256sum == WEIGHTS
+            # other formats of the same weights are left out
+            assert not host.file(f"{STORE}/{name}/original").exists
+        assert host.check_output(f"ls -A {STORE}/.partial") == ""
 
 
-def test_every_source_is_under_its_name(host: Host) -> None:
-    assert host.file(f"{STORE}/tiny-mounted").linked_to == "/srv/mounted/tiny"
-    for name in ("tiny-copied", "tiny-hub", "tiny-modelscope", "tiny-url"):
-        directory = host.check_output(f"readlink {STORE}/{name}")
-        assert directory.startswith(f".revisions/{name}-")
-        manifest = json.loads(host.file(f"{STORE}/{name}/.model.json").content_string)
-        for file, wanted in manifest["files"].items():
-            there = host.file(f"{STORE}/{name}/{file}")
-            assert (there.user, there.mode, there.size) == ("model-store", 0o644, wanted["size"])
-            assert there.sha256sum == wanted["sha256"]
-    weights = hashlib.shake_256(FIRST.encode()).digest(8_000_000)
-    for name in ("tiny-hub", "tiny-modelscope", "tiny-url"):
-        assert host.file(f"{STORE}/{name}/model.safetensors").sha256sum == hashlib.sha256(weights).hexdigest()
-        # other formats of the same weights are left out
-        assert not host.file(f"{STORE}/{name}/original").exists
-    assert host.check_output(f"ls -A {STORE}/.partial") == ""
+def test_the_user_cannot_log_in(both: list[Host]) -> None:
+    for host in both:
+        user = host.user("model-store")
+        assert user.uid < 1000
+        assert user.shell == "/usr/sbin/nologin"
 
 
-def test_the_user_cannot_log_in(host: Host) -> None:
-    user = host.user("model-store")
-    assert user.uid < 1000
-    assert user.shell == "/usr/sbin/nologin"
-
-
-def test_a_second_run_asks_no_hub_and_makes_one_call(host: Host) -> None:
-    said = applied(host, "model_store", "-vvv")
+def test_a_second_run_asks_no_hub_and_makes_one_call(both: list[Host]) -> None:
+    said = applied(both, "model_store", "-vvv")
     assert not changed(said)
-    assert asked(host) == []
     calls = re.findall(r"Using module file \S*/(\w+)\.py", said)
-    assert [call for call in calls if call not in ("setup", "host_facts")] == ["model_store"]
+    assert [call for call in calls if call not in ("setup", "host_facts")] == ["model_store"] * len(both)
+    for host in both:
+        assert asked(host) == []
+
+
+BAD_TOKEN: list[tuple[Model, str]] = [
+    (hub("bad1"), "refuses the token. model_store_hf_token is wrong, expired or revoked"),
+    (modelscope("bad2"), "refuses the token. model_store_modelscope_token is wrong, expired or revoked"),
+    (url("bad3", "closed"), "config.json is refused (401): model_store_url_headers has a wrong header for it"),
+]
+NO_TOKEN: list[tuple[Model, str]] = [
+    (hub("bad1", "acme/gated"), "acme/gated is gated and without a token there is no access. Ask for access at"),
+    (hub("bad2", "acme/secret"), "bad2: http://127.0.0.1:8199 has no repository acme/secret: it is misspelt, or private"),
+    (hub("bad3", "acme/huge"), "bad3: acme/huge needs 1000000.0 GB more, but /srv/models has"),
+    (modelscope("bad4", "acme/secret"), "bad4: http://127.0.0.1:8199 has no repository acme/secret: it is misspelt, or private"),
+    (modelscope("bad5", "acme/gated"), "acme/gated is restricted and without a token there is no access"),
+    (modelscope("bad6", "acme/huge"), "bad6: acme/huge needs 1000000.0 GB more, but /srv/models has"),
+    (url("bad7", "closed"), "config.json is refused (401): model_store_url_headers has no header for it"),
+]  # fmt: skip
+GOOD_TOKEN: list[tuple[Model, str]] = [
+    (hub("bad1", "acme/gated"), "acme/gated is gated and this token has no access. Ask for access at"),
+    (hub("bad2", "acme/none"), "bad2: http://127.0.0.1:8199 has no repository acme/none: it is misspelt, or this token may not see it"),
+    (hub("bad3", revision="c" * 40), f"bad3: acme/tiny has no revision {'c' * 40}; its commits are at"),
+    (modelscope("bad4", "acme/none"), "bad4: http://127.0.0.1:8199 has no repository acme/none: it is misspelt, or this token may not"),
+    (modelscope("bad5", "acme/gated"), "acme/gated is restricted and this token has no access. Ask for"),
+    (modelscope("bad6", revision="c" * 40), f"bad6: acme/tiny has no revision {'c' * 40}; its commits are at"),
+    (url("bad7", "none/none"), "config.json cannot be had: 404 Not Found"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("token", "models"),
-    [
-        (BAD, {"acme/tiny": "refuses the token. model_store_hf_token is wrong, expired or revoked"}),
-        (
-            "",
-            {
-                "acme/gated": "acme/gated is gated and without a token there is no access. Ask for access at",
-                "acme/secret": "has no repository acme/secret: it is misspelt, or private",
-                "acme/huge": "acme/huge needs 1000000.0 GB more, but /srv/models has",
-            },
-        ),
-        (
-            GOOD,
-            {
-                "acme/gated": "acme/gated is gated and this token has no access. Ask for access at",
-                "acme/none": "has no repository acme/none: it is misspelt, or this token may not see it",
-                "acme/tiny": f"acme/tiny has no revision {'c' * 40}; its commits are at",
-            },
-        ),
-    ],
+    ("token", "wanted"),
+    [(BAD, BAD_TOKEN), ("", NO_TOKEN), (GOOD, GOOD_TOKEN)],
     ids=["bad-token", "no-token", "good-token"],
 )
-def test_what_cannot_be_had_is_told_apart_before_any_download(host: Host, token: str, models: dict[str, str]) -> None:
+def test_what_cannot_be_had_is_told_apart_before_any_download(
+    both: list[Host], token: str, wanted: list[tuple[Model, str]]
+) -> None:
     """One run each: a model that is refused does not keep the next one from being asked for."""
-    wanted = [
-        hub(f"bad{number}", repository, "c" * 40 if token == GOOD and repository == "acme/tiny" else FIRST)
-        for number, repository in enumerate(models)
-    ]
-    said = refuse(host, wanted, model_store_hf_token=token)
-    for message in models.values():
-        assert message in said
-    assert not [line for line in asked(host) if line.startswith("GET /acme/")], "a file was downloaded"
-    assert host.run(f"ls -d {STORE}/bad*").rc != 0
+    said = refuse(
+        both,
+        [model for model, _message in wanted],
+        model_store_hf_token=token,
+        model_store_modelscope_token=token,
+        model_store_url_headers={f"{SERVER}/files/closed/": {"Authorization": f"Bearer {token}"}} if token else {},
+    )
+    for host, words in zip(both, said, strict=True):
+        for _model, message in wanted:
+            assert message in words
+        files = [
+            line for line in asked(host) if "/files/" in line or "FilePath=" in line or line.startswith("GET /acme/")
+        ]
+        assert all(line.endswith("bytes=0-0") for line in files), "a file was downloaded"
+        assert host.run(f"ls -d {STORE}/bad*").rc != 0
 
 
-def test_a_good_token_opens_what_is_private_and_stays_secret(host: Host) -> None:
-    said = store(host, [hub("private", "acme/secret")], model_store_hf_token=GOOD)
-    assert "GET /api/whoami-v2 -" in asked(host)
-    assert host.file(f"{STORE}/private/config.json").exists
-    assert GOOD not in said
-    assert GOOD not in host.check_output("journalctl --no-pager --quiet --output=verbose")
-    assert host.run(f"grep -rlF {GOOD} /etc /opt/model-store /run /srv/models /tmp /var/lib /root").stdout == ""
+def test_secrets_open_what_is_closed_and_show_nowhere(both: list[Host], tmp_path: Path) -> None:
+    """The server would refuse a request to its storage that shows a token."""
+    variables = tmp_path / "vars.json"
+    secret = {
+        "model_store_models": [
+            hub("private", "acme/secret"), modelscope("private-ms", "acme/secret"), url("private-url", "closed", "?X-Signature=5ecret5"),
+        ],
+        "model_store_hf_token": GOOD,
+        "model_store_modelscope_token": GOOD,
+        "model_store_url_headers": {f"{SERVER}/files/closed": {"Authorization": f"Bearer {GOOD}"}},
+    }  # fmt: skip
+    variables.write_text(json.dumps(secret))
+    said = applied(both, "model_store", "-vvv", f"--extra-vars=@{variables}")
+    for host in both:
+        assert "GET /api/whoami-v2 -" in asked(host)
+        assert any("config.json?X-Signature=5ecret5" in line for line in asked(host))
+        for name in ("private", "private-ms", "private-url"):
+            assert host.file(f"{STORE}/{name}/model.safetensors").size == SIZE
+        journal = host.check_output("journalctl --no-pager --quiet --output=verbose")
+        for word in (GOOD, "5ecret5"):
+            assert word not in said
+            assert word not in journal
+            assert host.run(f"grep -rlF {word} /etc /opt/model-store /run /srv/models /tmp /var/lib /root").stdout == ""
 
 
-def test_a_damaged_file_is_refused_and_fetched_anew(host: Host) -> None:
-    mode(host, "corrupt")
-    said = refuse(host, [hub("damaged")])
-    assert "model.safetensors is not what the hub says: expected 8000000 bytes" in said
-    assert not host.file(f"{STORE}/damaged").exists
-    assert host.run(f"ls {STORE}/.revisions").stdout.count("damaged") == 0
-    mode(host, "well-behaved")
-    host.check_output("rm /srv/hub/log")
-    store(host, [hub("damaged")])
-    assert host.file(f"{STORE}/damaged/config.json").exists
-    assert not [line for line in asked(host) if "GET /acme/tiny" in line and "config.json" in line], "fetched twice"
+def test_a_stopped_download_goes_on_and_a_damaged_file_is_refused_and_fetched_anew(both: list[Host]) -> None:
+    models = [hub("halted-hf"), modelscope("halted-ms"), url("halted-url")]
+    mode(both, "brisk")
+    running = subprocess.Popen(
+        role_command(both, "model_store", model_store_models=models),
+        cwd=ROOT, env=environment("model_store"), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    for model in models:
+        for host in both:
+            name = str(model["name"])
+            until(partial(has_begun, host, name), 120, f"{name} did not begin")
+            host.check_output(f"systemctl kill --signal=KILL model-download-{name}")
+    said, _ = running.communicate()
+    assert running.returncode != 0, said
+    for host in both:
+        words = told(said, host)
+        for model in models:
+            assert f"model-download-{model['name']} stopped by itself. Its last lines:" in words
+
+    # The last byte is damaged, so that what goes on in the middle gets it. And what is there stays when its successor is refused.
+    mode(both, "corrupt")
+    forget(*both)
+    for host, words in zip(both, refuse(both, [*models, url("tiny-url", config="0" * 64)]), strict=True):
+        stored = ranges(
+            host, "/storage/"
+        )  # ModelScope's client asks again before it gives up; the last one is tiny-url
+        for first in (*ranges(host, "/acme/"), stored[0], stored[-2]):
+            assert first.startswith("bytes="), asked(host)
+            assert first != "bytes=0-", asked(host)
+        assert len(ranges(host, "/acme/")) == 1
+        assert "halted-hf: model.safetensors is not what the hub says: expected 8000000 bytes" in words
+        assert "halted-ms: model.safetensors is not what the hub says" in words
+        assert "halted-url: model.safetensors is not what model_store_models says: sha256 is" in words
+        assert f"config.json is not what model_store_models says: sha256 is {'0' * 64} there, but" in words
+        assert host.run(f"ls -d {STORE}/halted* {STORE}/.revisions/halted*").stdout == ""
+        assert host.file(f"{STORE}/tiny-url/config.json").exists, "the revision before went away"
+
+    mode(both, "well-behaved")
+    forget(*both)
+    store(both, models)
+    for host in both:
+        assert (ranges(host, "/acme/"), ranges(host, "/storage/")) == (["-"], ["-", "-"])
+        small = [line for line in asked(host) if line.startswith("GET") and "config.json" in line]
+        assert [line for line in small if not line.endswith("bytes=0-0")] == [], "what was whole was fetched again"
+        for model in models:
+            assert host.file(f"{STORE}/{model['name']}/model.safetensors").sha256sum == WEIGHTS
 
 
-def test_a_connection_that_is_cut_is_taken_up_again(host: Host) -> None:
-    mode(host, "cut")
-    store(host, [hub("cut")])
-    ranges = [line.rsplit(" ", 1)[1] for line in asked(host) if line.startswith("GET") and "safetensors" in line]
-    assert ranges[0] == "-"
-    assert ranges[-1].startswith("bytes=")
-    assert not ranges[-1].startswith("bytes=0-"), ranges
-    assert host.file(f"{STORE}/cut/config.json").exists
-
-
-def wait_for_download(host: Host) -> None:
-    for _ in range(120):
-        if any(line.startswith("GET") and "safetensors" in line for line in asked(host)):
-            return
-        time.sleep(0.5)
-    pytest.fail("the download did not begin")
-
-
-def test_a_killed_playbook_loses_nothing_and_the_token_shows_nowhere(host: Host, tmp_path: Path) -> None:
-    mode(host, "slow")
+def test_a_killed_playbook_loses_nothing_and_the_token_shows_nowhere(both: list[Host], tmp_path: Path) -> None:
+    mode(both, "slow")
     wanted = {
         "model_store_models": [hub("slow", "acme/secret")],
         "model_store_hf_token": GOOD,
@@ -173,7 +206,7 @@ def test_a_killed_playbook_loses_nothing_and_the_token_shows_nowhere(host: Host,
     }
     secret = tmp_path / "vars.json"
     secret.write_text(json.dumps(wanted))
-    playbook = role_command(host, "model_store", f"--extra-vars=@{secret}")
+    playbook = role_command(both, "model_store", f"--extra-vars=@{secret}")
     killed = subprocess.Popen(
         playbook,
         cwd=ROOT,
@@ -182,19 +215,21 @@ def test_a_killed_playbook_loses_nothing_and_the_token_shows_nowhere(host: Host,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    wait_for_download(host)
-    # while it runs, the token is in no command line, unit or environment that others may see
-    assert GOOD not in host.check_output(
-        "ps -eo args --no-headers 2>/dev/null || cat /proc/[0-9]*/cmdline | tr '\\0' ' '"
-    )
-    unit = host.check_output("systemctl show model-download-slow.service")
-    assert "User=model-store" in unit
-    assert GOOD not in unit
-    assert host.run("ls -A /run/model-download").stdout == ""
+    for host in both:
+        until(partial(ranges, host), 60, "the download did not begin")
+        # while it runs, the token is in no command line, unit or environment that others may see
+        assert GOOD not in host.check_output(
+            "ps -eo args --no-headers 2>/dev/null || cat /proc/[0-9]*/cmdline | tr '\\0' ' '"
+        )
+        unit = host.check_output("systemctl show model-download-slow.service")
+        assert "User=model-store" in unit
+        assert GOOD not in unit
+        assert host.run("ls -A /run/model-download").stdout == ""
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    assert host.check_output("systemctl is-active model-download-slow") == "active"
-    assert not host.file(f"{STORE}/slow").exists
+    for host in both:
+        assert host.check_output("systemctl is-active model-download-slow") == "active"
+        assert not host.file(f"{STORE}/slow").exists
 
     again = subprocess.Popen(
         playbook, cwd=ROOT, env=environment("model_store"), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -203,104 +238,154 @@ def test_a_killed_playbook_loses_nothing_and_the_token_shows_nowhere(host: Host,
     said = ""
     for line in again.stdout:
         said += line
-        if " kB/s, about " in line:
-            mode(host, "well-behaved")
+        mode([host for host in both if f"{host_name(host)}: slow " in line and " kB/s, about " in line], "well-behaved")
     assert again.wait() == 0, said
-    assert "model-store-debian12: slow is already on its way; watching it" in said
     assert " of 8.0 MB, " in said
     assert GOOD not in said
-    assert len([line for line in asked(host) if line.startswith("GET") and "safetensors" in line]) == 1
-    assert host.file(f"{STORE}/slow/config.json").exists
+    for host in both:
+        assert f"{host_name(host)}: slow is already on its way; watching it" in said
+        assert len(ranges(host)) == 1
+        assert host.file(f"{STORE}/slow/config.json").exists
 
 
-def test_a_download_that_was_stopped_goes_on_where_it_was(host: Host) -> None:
-    mode(host, "slow")
-    running = subprocess.Popen(
-        role_command(host, "model_store", model_store_models=[hub("stopped")]),
-        cwd=ROOT, env=environment("model_store"), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    wait_for_download(host)
-    for _ in range(60):  # what arrived is written in pieces of a megabyte
-        if host.run(f"find {STORE}/.partial/stopped-{FIRST[:12]}/.cache/parts -size +1023k").stdout:
-            break
-        time.sleep(0.5)
-    host.check_output("systemctl kill --signal=KILL model-download-stopped")
-    said, _ = running.communicate()
-    assert running.returncode != 0
-    assert "model-download-stopped stopped by itself. Its last lines:" in said
-    mode(host, "well-behaved")
-    host.check_output("rm /srv/hub/log")
-    store(host, [hub("stopped")])
-    ranges = [line.rsplit(" ", 1)[1] for line in asked(host) if line.startswith("GET") and "safetensors" in line]
-    assert len(ranges) == 1
-    assert ranges[0].startswith("bytes=")
-    assert ranges[0] != "bytes=0-"
+def test_revisions_come_go_and_come_back(both: list[Host], tmp_path: Path) -> None:
+    """Four runs with models that do not meet: on a line that is cut, at a branch, moved on and back, damaged on disk, grown on the controller."""
+    copied: Model = {"name": "grown", "source": "path", "path": str(tmp_path), "copy": True}
+    grown: list[list[str]] = []
 
-
-def test_a_new_revision_takes_the_name_and_the_previous_one_stays(host: Host) -> None:
-    store(host, [hub("moving")])
-    before = host.check_output(f"readlink -f {STORE}/moving")
-    said = store(host, [hub("moving", revision=SECOND)])
-    assert changed(said)
-    after = host.check_output(f"readlink -f {STORE}/moving")
-    assert after.endswith(f"moving-{SECOND[:12]}")
-    assert host.file(f"{before}/model.safetensors").exists
-    # and back, without the hub
-    host.check_output("rm /srv/hub/log")
-    store(host, [hub("moving")])
-    assert host.check_output(f"readlink -f {STORE}/moving") == before
-    assert asked(host) == []
-    # a file that lost bytes on the disk is noticed, and fetched again
-    host.check_output(f"truncate --size=-1 {STORE}/moving/model.safetensors")
-    store(host, [hub("moving")])
-    assert host.file(f"{STORE}/moving/model.safetensors").size == 8_000_000
-
-
-def test_revisions_of_a_copied_model_come_and_go(host: Host, tmp_path: Path) -> None:
-    directories = []
-    for number in range(3):
+    def run(number: int, *models: Model) -> str:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "tiny", "number": number}))
-        model: dict[str, object] = {"name": "grown", "source": "path", "path": str(tmp_path), "copy": True}
-        store(host, [model])
-        directories.append(host.check_output(f"readlink -f {STORE}/grown"))
-        assert json.loads(host.file(f"{STORE}/grown/config.json").content_string)["number"] == number
-    assert [host.file(directory).exists for directory in directories] == [False, True, True]
-    assert not changed(store(host, [model]))
+        forget(*both)
+        said = store(both, [copied, *models], model_store_allow_moving_revisions=True)
+        grown.append([host.check_output(f"readlink -f {STORE}/grown") for host in both])
+        for host in both:
+            assert json.loads(host.file(f"{STORE}/grown/config.json").content_string)["number"] == number
+        return said
+
+    mode(both, "cut")
+    run(0, hub("cut"), hub("branch", revision="main"), hub("moving"))
+    before = [host.check_output(f"readlink -f {STORE}/moving") for host in both]
+    for host in both:
+        # a connection that is cut is taken up again
+        first, second, *_others = ranges(host)
+        assert first == "-"
+        assert second.startswith("bytes=")
+        assert not second.startswith("bytes=0-"), second
+        assert host.file(f"{STORE}/cut/config.json").exists
+        # a branch passes when asked to
+        assert json.loads(host.file(f"{STORE}/branch/.model.json").content_string)["commit"] == FIRST
+        # a file that lost bytes on the disk is noticed, and fetched again
+        host.check_output(f"truncate --size=-1 {STORE}/cut/model.safetensors")
+
+    assert changed(run(1, hub("cut"), hub("moving", revision=SECOND)))
+    for host, directory in zip(both, before, strict=True):
+        assert host.file(f"{STORE}/cut/model.safetensors").size == SIZE
+        # a new revision takes the name, and the previous one stays
+        assert host.check_output(f"readlink -f {STORE}/moving").endswith(f"moving-{SECOND[:12]}")
+        assert host.file(f"{directory}/model.safetensors").exists
+
+    run(2, hub("cut"), hub("moving"))
+    for host, directory in zip(both, before, strict=True):
+        # and back, without the hub
+        assert host.check_output(f"readlink -f {STORE}/moving") == directory
+        assert asked(host) == []
+    for number, host in enumerate(both):
+        assert [host.file(directories[number]).exists for directories in grown] == [False, True, True]
+    # nothing to do, also for the same files from another mirror and by a newer signature: what such a model is, its hashes say
+    assert not changed(
+        store(both, [copied, hub("cut"), hub("moving"), url("tiny-url", "elsewhere", "?X-Signature=new")])
+    )
+    for host in both:
+        assert asked(host) == []
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_download(host: Host, tmp_path: Path) -> None:
-    host.check_output("mkdir -p /srv/small && mount -t tmpfs -o size=4m tmpfs /srv/small")
+def test_a_disk_that_is_too_small_is_refused_before_the_download(both: list[Host], tmp_path: Path) -> None:
+    for host in both:
+        host.check_output("mkdir -p /srv/small && mount -t tmpfs -o size=4m tmpfs /srv/small")
     try:
-        said = refuse(host, [hub("large")], model_store_path="/srv/small")
-        assert "acme/tiny needs 0.0 GB more, but /srv/small has 0.0 GB free" in said
-        assert not [line for line in asked(host) if line.startswith("GET /acme/")]
+        for host, words in zip(both, refuse(both, [hub("large")], model_store_path="/srv/small"), strict=True):
+            assert "acme/tiny needs 8.0 MB more, but /srv/small has 4.2 MB free and 0.0 kB shall stay free" in words
+            assert not [line for line in asked(host) if line.startswith("GET /acme/")]
         (tmp_path / "config.json").write_text("{}")
         (tmp_path / "model.safetensors").write_bytes(bytes(5_000_000))
-        copied: dict[str, object] = {"name": "large", "source": "path", "path": str(tmp_path), "copy": True}
-        said = refuse(host, [copied], model_store_path="/srv/small")
-        assert "large take 0.0 GB, but /srv/small has 0.0 GB free" in said
-        assert "large" not in host.check_output("ls /srv/small")
+        copied: Model = {"name": "large", "source": "path", "path": str(tmp_path), "copy": True}
+        for host, words in zip(both, refuse(both, [copied], model_store_path="/srv/small"), strict=True):
+            assert "large take 5.0 MB, but /srv/small has 4.2 MB free" in words
+            assert "large" not in host.check_output("ls /srv/small")
     finally:
-        host.check_output("umount /srv/small")
+        for host in both:
+            host.check_output("umount /srv/small")
 
 
-def test_a_disk_that_is_not_mounted_is_named(host: Host) -> None:
-    gone: dict[str, object] = {"name": "gone", "source": "path", "path": "/srv/nfs/gone"}
-    said = refuse(host, [gone])
-    assert "gone: there is no /srv/nfs/gone/config.json on this host; is the disk mounted?" in said
+def test_a_disk_that_fills_up_is_named_and_the_next_run_goes_on(both: list[Host]) -> None:
+    """There is room for all of it when it begins; then another file grows. Each source in turn."""
+    small = "/srv/filling"
+    for host in both:
+        host.check_output(f"mkdir -p {small} && mount -t tmpfs -o size=48m tmpfs {small}")
+    try:
+        store(both, [hub("full-hf")], model_store_path=small)
+        models = [hub("full-hf", revision=SECOND), modelscope("full-ms"), url("full-url")]
+        mode(both, "brisk")
+        forget(*both)
+        running = subprocess.Popen(
+            role_command(both, "model_store", model_store_models=models, model_store_path=small),
+            cwd=ROOT, env=environment("model_store"), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        for model in models:
+            name = str(model["name"])
+            for host in both:
+                until(partial(has_begun, host, name, small), 60, f"{name} did not begin")
+                host.run(f"head -c 64M /dev/zero >{small}/other")
+            for host in both:
+                until(partial(has_ended, host, f"model-download-{name}"), 60, f"{name} goes on")
+                host.check_output(f"rm {small}/other")
+        said, _ = running.communicate()
+        assert running.returncode != 0, said
+        for host in both:
+            words = told(said, host)
+            for model in models:
+                what = model.get("repository", model["name"])
+                assert re.search(
+                    rf"{model['name']}: {small} is full \(No space left on device\): {what} needs [1-7]\.\d MB more, and 0\.0 kB are",
+                    words,
+                ), words
+            # what was there is as it was, and nothing else has a name
+            assert host.check_output(f"ls {small}") == "full-hf"
+            assert host.check_output(f"readlink {small}/full-hf") == f".revisions/full-hf-{FIRST[:12]}"
+            assert host.file(f"{small}/full-hf/model.safetensors").sha256sum == WEIGHTS
+
+        mode(both, "well-behaved")
+        forget(*both)
+        store(both, models, model_store_path=small)
+        for host in both:
+            begun = [*ranges(host, "/acme/"), *ranges(host, "/storage/")]
+            assert len(begun) == len(models), begun
+            for first in begun:
+                assert int(first.removeprefix("bytes=").partition("-")[0]) >= 1_000_000, begun
+            for name in ("full-ms", "full-url"):
+                assert host.file(f"{small}/{name}/model.safetensors").sha256sum == WEIGHTS
+            assert host.check_output(f"readlink {small}/full-hf") == f".revisions/full-hf-{SECOND[:12]}"
+    finally:
+        for host in both:
+            host.run("systemctl stop 'model-download-*'")
+            host.check_output(f"umount {small}")
 
 
-def test_what_makes_no_sense_is_refused_before_any_change(host: Host) -> None:
-    plain: dict[str, object] = {"name": "plain", "source": "url", "repository": "acme/tiny"}
+def test_a_disk_that_is_not_mounted_is_named(both: list[Host]) -> None:
+    gone: Model = {"name": "gone", "source": "path", "path": "/srv/nfs/gone"}
+    for words in refuse(both, [gone]):
+        assert "gone: there is no /srv/nfs/gone/config.json on this host; is the disk mounted?" in words
+
+
+def test_what_makes_no_sense_is_refused_before_any_change(both: list[Host]) -> None:
+    plain: Model = {"name": "plain", "source": "url", "repository": "acme/tiny"}
     plain["files"] = [{"url": "https://mirror.example/config.json", "sha256": "abc"}]
-    said = refuse(host, [hub("twice", revision="main"), hub("twice"), plain])
+    models = [hub("twice", revision="main"), hub("twice"), plain]
+    said = refused(both, "model_store", model_store_models=models)
     assert "plain: `repository` means nothing for source url; it takes files" in said
     assert "plain: config.json: sha256 is `abc`; it takes the 64 hexadecimal digits" in said
     assert "the name `twice` is given 2 times" in said
     assert "twice: revision is `main`; it takes the 40 hexadecimal digits of a commit" in said
-    assert asked(host) == []
-
-
-def test_a_branch_passes_when_asked_to(host: Host) -> None:
-    store(host, [hub("branch", revision="main")], model_store_allow_moving_revisions=True)
-    assert json.loads(host.file(f"{STORE}/branch/.model.json").content_string)["commit"] == FIRST
+    for host in both:
+        assert f"variables of {host_name(host)}" in said
+        assert asked(host) == []

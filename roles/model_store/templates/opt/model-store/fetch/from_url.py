@@ -14,7 +14,6 @@ from typing import IO, Any
 
 from job import File, Job, RefusedError, Source
 
-TIMEOUT = 60
 AGAIN = (408, 425, 429)  # answers below 500 that another attempt may get around
 
 
@@ -57,6 +56,7 @@ class Url(Source):
     """Files of one or several servers."""
 
     network = (OSError, http.client.HTTPException)
+    timeout = 60
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -73,7 +73,7 @@ class Url(Source):
             request.add_header("Range", f"bytes={first}-{last}")
         for key, value in headers_for(url, self.rules).items():
             request.add_unredirected_header(key, value)
-        return self.opener.open(request, timeout=TIMEOUT)
+        return self.opener.open(request, timeout=self.timeout)
 
     def look(self) -> tuple[str, dict[str, File]]:
         """Ask every server for one byte: whether it has the file, gives it to us, and how large it is.
@@ -133,6 +133,14 @@ class Url(Source):
                     raise ConnectionError(f"{self.files[name]['url']} was cut off")
         part.touch()  # an empty file
         self.job.arrived(name)
+
+    def damaged(self, name: str, file: File, size: int, got: str) -> RefusedError:
+        """The hash is the operator's own."""
+        return RefusedError(
+            f"{name} is not what model_store_models says: sha256 is {file.sha256} there, but {got} of the {size} bytes "
+            "that came. They were removed. Either sha256 is wrong, or the address gives another file than it did, "
+            "or a proxy damages it"
+        )
 
 
 def total(headers: email.message.Message) -> int | None:

@@ -21,11 +21,13 @@ import threading
 import time
 from pathlib import Path
 
-from job import File, Job, RefusedError, Source
+from job import File, Job, RefusedError, Source, amount
 
 MANIFEST = ".model.json"
 ATTEMPTS = 5
-SOURCES = {"huggingface": "HuggingFace", "modelscope": "ModelScope", "url": "Url"}
+FULL = (errno.ENOSPC, errno.EDQUOT)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+SOURCES = {"huggingface": "HuggingFace", "modelscope": "ModelScope", "url": "Url", "peer": "Peer"}
 
 
 def environment(job: Job) -> dict[str, str]:
@@ -69,9 +71,25 @@ def room(job: Job, total: int) -> None:
     missing = max(total - job.on_disk(), 0)
     if missing + job.wanted["reserve"] > free:
         raise RefusedError(
-            f"{job.what} needs {missing / 1e9:.1f} GB more, but {job.staging.parent.parent} has "
-            f"{free / 1e9:.1f} GB free and {job.wanted['reserve'] / 1e9:.1f} GB shall stay free (model_store_minimum_free_gb)"
+            f"{job.what} needs {amount(missing)} more, but {job.staging.parent.parent} has {amount(free)} free and "
+            f"{amount(job.wanted['reserve'])} shall stay free (model_store_minimum_free_gb)"
         )
+
+
+def disk(job: Job, error: BaseException | None) -> str:
+    """What the disk says, if this error comes from it: a client may have wrapped it in one of its own."""
+    while error is not None:
+        number = getattr(error, "errno", None)
+        if number in FULL:
+            missing, free = max(job.state["total"] - job.on_disk(), 0), shutil.disk_usage(job.staging).free
+            return (
+                f"{job.staging.parent.parent} is full ({os.strerror(number)}): {job.what} needs {amount(missing)} more, and "
+                f"{amount(free)} are free. What has arrived stays: make room, and the next run goes on there"
+            )
+        if number in CLOSED:
+            return f"{job.staging} cannot be written: {os.strerror(number)}"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def download(job: Job, source: Source, chosen: dict[str, File]) -> None:
@@ -101,7 +119,7 @@ def download(job: Job, source: Source, chosen: dict[str, File]) -> None:
         watcher.join()
 
 
-def verify(job: Job, chosen: dict[str, File]) -> dict[str, dict[str, int | str]]:
+def verify(job: Job, source: Source, chosen: dict[str, File]) -> dict[str, dict[str, int | str]]:
     """Compare every file with what the source says that it is: by SHA-256, or by git's name for it."""
     found: dict[str, dict[str, int | str]] = {}
     for name, file in sorted(chosen.items()):
@@ -116,16 +134,7 @@ def verify(job: Job, chosen: dict[str, File]) -> dict[str, dict[str, int | str]]
         wanted, got = (file.sha256, sha256.hexdigest()) if file.sha256 else (file.blob, blob.hexdigest())
         if file.size not in (None, size) or wanted != got:
             path.unlink()
-            if job.wanted["files"]:
-                raise RefusedError(
-                    f"{name} is not what model_store_models says: sha256 is {wanted} there, but {got} of the {size} bytes "
-                    "that came. They were removed. Either sha256 is wrong, or the address gives another file than it did, "
-                    "or a proxy damages it"
-                )
-            raise RefusedError(
-                f"{name} is not what the hub says: expected {file.size} bytes, {wanted}, got {size} bytes, {got}. It was "
-                "removed and is fetched anew in the next run; if that fails too, the mirror or a proxy damages it"
-            )
+            raise source.damaged(name, file, size, got)
         found[name] = {"size": size, "sha256": sha256.hexdigest()}
     for path in job.staging.rglob("*"):
         inside = path.relative_to(job.staging)
@@ -145,10 +154,10 @@ def work(job: Job, source: Source) -> None:
     download(job, source, chosen)
     job.say(state="verifying", done=total)
     manifest = {
-        **{key: job.wanted[key] for key in ("name", "source", "repository", "revision")},
+        **{key: job.wanted[key] for key in ("name", "source", "repository", "revision", "include", "exclude")},
         "path": "",
         "commit": commit,
-        "files": verify(job, chosen),
+        "files": verify(job, source, chosen),
     }
     aside = job.staging / f"{MANIFEST}.new"
     aside.write_text(json.dumps(manifest, indent=2) + "\n")
@@ -163,7 +172,7 @@ def main() -> int:
     os.environ.update(job.wanted["environment"])
     os.environ.update(environment(job))
     job.say()
-    kind = job.wanted["source"]
+    kind = "peer" if job.wanted["peer"] else job.wanted["source"]
     source: Source = getattr(importlib.import_module(f"from_{kind}"), SOURCES[kind])(job)
     said, failed, most = "", 0, 0
     while failed < ATTEMPTS:
@@ -179,8 +188,8 @@ def main() -> int:
             # An attempt that brought something does not count: a line that breaks every hour gets there too.
             failed, most = (1 if job.on_disk() > most else failed + 1), max(job.on_disk(), most)
             print(f"attempt {failed} of {ATTEMPTS}: {said}", flush=True)
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-                job.say(state="failed", message=f"{job.staging} cannot be written: {said}")
+            if refusal := disk(job, error):
+                job.say(state="failed", message=refusal)
                 return 1
         if failed < ATTEMPTS:
             time.sleep(job.wanted["pause"] * failed)

@@ -25,6 +25,14 @@ class File:
     blob: str = ""  # what git calls the file: Hugging Face has no SHA-256 of small ones
 
 
+def amount(count: float) -> str:
+    """Bytes as people read them."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB")):
+        if count >= limit:
+            return f"{count / limit:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
 class Job:
     """What is to be done, and how far it is."""
 
@@ -38,6 +46,7 @@ class Job:
             "total": 0,
             "message": "",
             "directory": self.staging.name,
+            "peer": wanted["peer"],
         }
         self.lock = threading.Lock()
 
@@ -97,3 +106,10 @@ class Source:
     def fetch(self, name: str, file: File) -> None:
         """Put one file in its place, going on where an earlier run stopped."""
         raise NotImplementedError
+
+    def damaged(self, name: str, file: File, size: int, got: str) -> RefusedError:
+        """A file that came has this size and hash and not those of the source. It has been removed."""
+        return RefusedError(
+            f"{name} is not what the hub says: expected {file.size} bytes, {file.sha256 or file.blob}, got {size} bytes, "
+            f"{got}. It was removed and is fetched anew in the next run; if that fails too, the mirror or a proxy damages it"
+        )
