@@ -113,6 +113,33 @@ def test_an_embedding_passes_for_a_pooling_model(upstream: Any) -> None:
     assert completion_gate.ask(instance(upstream.url, api="embeddings"), "k", 5) == ""
 
 
+@pytest.mark.parametrize(
+    ("has", "passes"),
+    [("/v1/embeddings", '{"data": [1]}'), ("/pooling", '{"data": [1]}'), ("", None)],
+)
+def test_a_model_that_says_by_itself_what_it_is_for_is_asked_by_the_path_that_it_has(
+    upstream: Any, has: str, passes: str | None
+) -> None:
+    """vLLM's own answers (0.32): it has no path for what its model cannot do."""
+    upstream.answer = staticmethod(
+        lambda body, _key: (200, passes) if body["path"] == has else (404, '{"detail":"Not Found"}')
+    )
+    told = completion_gate.ask(instance(upstream.url), "k", 5)
+    assert told == ("" if passes else "it answers neither completions nor embeddings nor pooling")
+
+
+def test_a_model_with_another_name_is_not_asked_by_other_paths(upstream: Any) -> None:
+    asked = []
+
+    def answer(body: dict[str, Any], _key: str) -> tuple[int, str]:
+        asked.append(body["path"])
+        return 404, '{"error":{"message":"The model `qwen` does not exist.","type":"NotFoundError","code":404}}'
+
+    upstream.answer = staticmethod(answer)
+    assert "does not exist" in completion_gate.ask(instance(upstream.url), "k", 5)
+    assert asked == ["/v1/completions"]
+
+
 def test_a_hung_engine_does_not_pass(upstream: Any) -> None:
     def hang(_body: dict[str, Any], _key: str) -> tuple[int, str]:
         time.sleep(1.5)
