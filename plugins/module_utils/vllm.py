@@ -308,6 +308,10 @@ def generation(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in instance.get("gpus") or [])
     elif instance.get("cpus"):
         environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(cpu) for cpu in instance["cpus"])
+    if settings["device"] == "cpu" and options.get("enforce-eager") is True:
+        # enforce-eager covers the model only: the first request with log-probabilities would still have something compiled, and
+        # the engine dies of it where no C++ compiler is (seen with 0.32.0).
+        environment.setdefault("TORCHDYNAMO_DISABLE", "1")
     host = f"[{address}]" if ":" in address else address
     pooling = options.get("runner") == "pooling" or options.get("convert") == "embed"
     return {

@@ -176,6 +176,14 @@ def test_cores_are_bound_on_a_cpu_only() -> None:
     assert made["environment"] == {"A": "1", "VLLM_CPU_OMP_THREADS_BIND": "0,2"}
 
 
+def test_what_is_eager_on_a_cpu_compiles_nothing_at_all() -> None:
+    eager = {**GOOD, "gpus": [], "options": {"enforce-eager": True}}
+    assert vllm.generation(eager, settings(device="cpu"))["environment"] == {"A": "1", "TORCHDYNAMO_DISABLE": "1"}
+    set_by_hand = {**eager, "environment": {"TORCHDYNAMO_DISABLE": 0}}
+    assert vllm.generation(set_by_hand, settings(device="cpu"))["environment"]["TORCHDYNAMO_DISABLE"] == "0"
+    assert "TORCHDYNAMO_DISABLE" not in vllm.generation({**eager, "gpus": [0]}, settings())["environment"]
+
+
 def test_the_environment_file_is_escaped_as_systemd_reads_it() -> None:
     assert vllm.render_environment({"B": 'x "y" $z `u` \\', "A": 1}) == 'A="1"\nB="x \\"y\\" \\$z \\`u\\` \\\\"\n'  # type: ignore[dict-item]
 
