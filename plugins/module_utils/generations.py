@@ -17,8 +17,17 @@ RUNTIME = Path("/run/vllm")
 
 
 def render_config(config: dict[str, Any]) -> str:
-    """Render the file for `vllm serve --config`: YAML with a line for each option, nested values as JSON, which YAML contains."""
-    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items())
+    """Render the file for `vllm serve --config`: YAML with a line for each option, nested values as JSON, which YAML contains.
+
+    What is nested in a list is a string with JSON in it: vLLM hands the entries of a list to its parser as strings, a mapping
+    as Python writes it, which the parser refuses.
+    """
+    lines = []
+    for key, value in config.items():
+        if isinstance(value, list):
+            value = [json.dumps(entry) if isinstance(entry, dict | list) else entry for entry in value]
+        lines.append(f"{key}: {json.dumps(value)}\n")
+    return "".join(lines)
 
 
 class Instance:
@@ -139,8 +148,13 @@ def fingerprint(paths: list[str]) -> str:
 
 def wanted_content(wanted: dict[str, Any], inputs: str, release: str) -> dict[str, str]:
     """What the generation of a wanted instance is made of; `inputs` is the fingerprint of what it reads beside its own files."""
-    # A generation holds the very revision of the model, so that going back goes back to its weights too.
+    # A generation holds the very revisions of the model and its adapters, so that going back goes back to their weights too,
+    # and a new revision makes a new generation.
     config = {**wanted["config"], "model": os.path.realpath(wanted["config"]["model"])}
+    if "lora-modules" in config:
+        config["lora-modules"] = [
+            {**entry, "path": os.path.realpath(entry["path"])} for entry in config["lora-modules"]
+        ]
     return {
         "config.yaml": render_config(config),
         "environment": render_environment(wanted["environment"]),

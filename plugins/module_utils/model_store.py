@@ -20,6 +20,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 MANIFEST = ".model.json"
+# A model has the first, a LoRA adapter the second. A directory with neither is none of both, or a disk that is not mounted.
+CONFIGS = ("config.json", "adapter_config.json")
 # By source, what an entry of model_store_models may say beside its name and source.
 HUBS = ("huggingface", "modelscope")
 KEYS: dict[str, tuple[str, ...]] = {
@@ -63,6 +65,11 @@ def problems(models: Sequence[Model], allow_moving: bool = False) -> list[str]:
     return [f"model_store_models: {sentence}" for sentence in found]
 
 
+def is_model(directory: Path) -> bool:
+    """Whether a directory holds a model or a LoRA adapter."""
+    return any((directory / name).is_file() for name in CONFIGS)
+
+
 def listed(words: Iterable[str]) -> str:
     """Words as a sentence has them."""
     *first, last = words
@@ -87,8 +94,11 @@ def _path_problems(name: str, model: Model) -> list[str]:
         return [f"{name}: path is `{path}`; it takes an absolute path"]
     if revision and not re.fullmatch(r"[\w.-]+", revision):
         return [f"{name}: revision is `{revision}`; it takes letters, digits, dot, dash and underscore"]
-    if model.get("copy") and not (Path(path) / "config.json").is_file():
-        return [f"{name}: there is no {path}/config.json on the controller (with `copy: false`, it is one on the host)"]
+    if model.get("copy") and not is_model(Path(path)):
+        return [
+            f"{name}: there is no {path}/config.json on the controller, nor the adapter_config.json of a LoRA adapter "
+            "(with `copy: false`, it is one on the host)"
+        ]
     return []
 
 

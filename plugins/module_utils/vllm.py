@@ -54,6 +54,9 @@ OWNED_OPTIONS = {
     "headless": "an instance without an endpoint can be neither gated nor reached",
 }
 
+# Directories that the unit hides from vLLM (ProtectHome=).
+UNSEEN_PATHS = ("/home/", "/root/", "/run/user/")
+
 # Environment variables that open what must stay closed, or that the role itself sets.
 REFUSED_ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "it opens endpoints that run code and stop the engine, without a key",
@@ -119,6 +122,56 @@ def value_problem(value: Any, kind: Any) -> str:
     return ""
 
 
+def adapters(options: Mapping[str, Any]) -> list[Any]:
+    """The LoRA adapters of `lora-modules`, each as {name, path}: vLLM takes `name=path` as well. What is neither stays as it is."""
+    given = options.get("lora-modules") or []
+    found: list[Any] = []
+    for entry in given if isinstance(given, list) else [given]:
+        if isinstance(entry, str) and "=" in entry:
+            name, _equals, path = entry.partition("=")
+            entry = {"name": name, "path": path}
+        found.append(entry)
+    return found
+
+
+def in_the_store(adapter: Any) -> bool:
+    """Whether the path of an adapter is the name of a model in the model store."""
+    path = adapter.get("path") if isinstance(adapter, Mapping) else None
+    return isinstance(path, str) and MODEL_NAME.fullmatch(path) is not None
+
+
+def served_names(instance: Mapping[str, Any]) -> list[Any]:
+    """The names that clients ask the model itself for, the one that the gate uses first."""
+    names = (instance.get("options") or {}).get("served-model-name", instance.get("model"))
+    return names if isinstance(names, list) else [names]
+
+
+def adapter_problems(instance: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the LoRA adapters of an instance."""
+    options = instance.get("options") or {}
+    problems, names = [], served_names(instance)
+    for number, entry in enumerate(adapters(options)):
+        where = f"option 'lora-modules'[{number}]"
+        name, path = (entry.get("name"), entry.get("path")) if isinstance(entry, Mapping) else (None, None)
+        if not (isinstance(name, str) and name and isinstance(path, str) and path):
+            problems.append(f"{where} is {entry!r}; it must be {{name: ..., path: ...}}")
+            continue
+        if not in_the_store(entry) and not path.startswith("/"):
+            problems.append(
+                f"{where} has path {path!r}; it must be the name of a model in the model store, or an absolute path"
+            )
+        elif path.startswith(UNSEEN_PATHS):
+            problems.append(
+                f"{where} has path {path!r}, which the unit of vLLM does not see; put it into the model store"
+            )
+        if name in names:
+            problems.append(f"{where} has the name {name!r}, which is taken; clients choose by the name")
+        names = [*names, name]
+    if options.get("lora-modules") and options.get("enable-lora") is not True:
+        problems.append("option 'lora-modules' needs 'enable-lora: true'")
+    return problems
+
+
 def environment_problems(environment: Mapping[str, Any]) -> list[str]:
     """What is wrong with the environment of an instance. Values are never repeated: they may be secrets."""
     problems = []
@@ -156,6 +209,7 @@ def instance_problems(
             found.append(f"'port' is {port!r}; it must be a number from 1024 to 65535")
         found += gpu_problems(instance, device)
         found += option_problems(instance.get("options") or {}, table)
+        found += adapter_problems(instance)
         found += environment_problems(instance.get("environment") or {})
         problems += [f"{where}: {problem}" for problem in found]
     problems += repeated("name", [instance.get("name") for instance in instances])
@@ -169,14 +223,18 @@ def instance_problems(
 
 
 def model_problems(instances: Sequence[Mapping[str, Any]], models: Sequence[str]) -> list[str]:
-    """Instances whose model is not among those that the model store gets."""
+    """Instances whose model, or an adapter of theirs, is not among those that the model store gets."""
     problems = []
     for index, instance in enumerate(instances):
-        model = str(instance.get("model", ""))
-        if model and model not in models:
-            close = difflib.get_close_matches(model, models, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(models) or 'none'}"
-            problems.append(f"vllm_instances[{index}]: model {model!r} is not in model_store_models; {hint}")
+        wanted = [("model", str(instance.get("model", "")))]
+        wanted += [
+            ("adapter", entry["path"]) for entry in adapters(instance.get("options") or {}) if in_the_store(entry)
+        ]
+        for what, name in wanted:
+            if name and name not in models:
+                close = difflib.get_close_matches(name, models, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(models) or 'none'}"
+                problems.append(f"vllm_instances[{index}]: {what} {name!r} is not in model_store_models; {hint}")
     return problems
 
 
@@ -228,8 +286,13 @@ def generation(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
     """
     name, model, address = instance["name"], instance["model"], settings["address"]
     options = dict(instance.get("options") or {})
-    served = options.pop("served-model-name", [model])
-    served = served if isinstance(served, list) else [served]
+    options.pop("served-model-name", None)
+    served = served_names(instance)
+    if "lora-modules" in options:
+        options["lora-modules"] = [
+            {**entry, "path": f"{settings['models_path']}/{entry['path']}"} if in_the_store(entry) else entry
+            for entry in adapters(options)
+        ]
     config = {
         "model": f"{settings['models_path']}/{model}",
         "served-model-name": served,
@@ -245,6 +308,10 @@ def generation(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in instance.get("gpus") or [])
     elif instance.get("cpus"):
         environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(cpu) for cpu in instance["cpus"])
+    if settings["device"] == "cpu" and options.get("enforce-eager") is True:
+        # enforce-eager covers the model only: the first request with log-probabilities would still have something compiled, and
+        # the engine dies of it where no C++ compiler is (seen with 0.32.0).
+        environment.setdefault("TORCHDYNAMO_DISABLE", "1")
     host = f"[{address}]" if ":" in address else address
     pooling = options.get("runner") == "pooling" or options.get("convert") == "embed"
     return {

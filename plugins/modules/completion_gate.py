@@ -32,9 +32,12 @@ options:
         type: str
         required: true
       api:
-        description: What to ask. A pooling model answers embeddings.
+        description:
+          - What to ask first. A model that generates answers V(completions), one that embeds V(embeddings), and any other that pools
+            V(pooling).
+          - When the instance has no such path, the next of them is asked; many models tell vLLM by themselves what they are for.
         type: str
-        choices: [completions, embeddings]
+        choices: [completions, embeddings, pooling]
         default: completions
       unit:
         description: The systemd unit, watched while waiting. Its journal is part of a failure.
@@ -91,10 +94,15 @@ from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
 
-REQUESTS: dict[str, dict[str, Any]] = {
-    "completions": {"prompt": "Hi", "max_tokens": 1, "temperature": 0},
-    "embeddings": {"input": "Hi"},
+# What may be asked, in this order: path and body. vLLM has the paths of what its model can do and no others.
+REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "completions": ("/v1/completions", {"prompt": "Hi", "max_tokens": 1, "temperature": 0}),
+    "embeddings": ("/v1/embeddings", {"input": "Hi"}),
+    "pooling": ("/pooling", {"input": "Hi"}),
 }
+# How vLLM answers for a path that it does not have; when it does not know the model, 404 comes with an `error`.
+NO_SUCH_PATH = '{"detail":"Not Found"}'
+NO_PATH = "it answers neither completions nor embeddings nor pooling"
 PAUSE_SECONDS = 1.0
 # A line that says why, not one that says where in the code.
 TELLING = re.compile(
@@ -108,16 +116,29 @@ NOISE = re.compile(
 
 
 def ask(instance: dict[str, Any], key: str, timeout: float) -> str:
-    """Ask once. Returns nothing when the answer is good, else what was wrong."""
-    api = instance.get("api") or "completions"
+    """Ask once, by each of the paths until the instance has one. Returns nothing when the answer is good, else what was wrong."""
+    names = list(REQUESTS)
+    reason = ""
+    for api in names[names.index(instance.get("api") or names[0]) :]:
+        reason = ask_by(api, instance, key, timeout)
+        if reason != NO_PATH:
+            break
+    return reason
+
+
+def ask_by(api: str, instance: dict[str, Any], key: str, timeout: float) -> str:
+    """Ask by one path. Returns nothing when the answer is good, else what was wrong."""
+    path, request = REQUESTS[api]
     address = urlsplit(instance["url"])
     # A connection of its own, never through a proxy: the instance is on this host.
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=timeout)
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     try:
-        connection.request("POST", f"/v1/{api}", json.dumps({"model": instance["model"], **REQUESTS[api]}), headers)
+        connection.request("POST", path, json.dumps({"model": instance["model"], **request}), headers)
         response = connection.getresponse()
         body = response.read().decode(errors="replace")
+        if response.status == http.client.NOT_FOUND and body.strip() == NO_SUCH_PATH:
+            return NO_PATH
         if response.status != http.client.OK:
             return f"HTTP {response.status}: {body[:300]}"
         answer = json.loads(body)
@@ -209,7 +230,7 @@ def main() -> None:
                     "name": {"type": "str", "required": True},
                     "url": {"type": "str", "required": True},
                     "model": {"type": "str", "required": True},
-                    "api": {"type": "str", "choices": ["completions", "embeddings"], "default": "completions"},
+                    "api": {"type": "str", "choices": list(REQUESTS), "default": "completions"},
                     "unit": {"type": "str"},
                 },
             },

@@ -13,8 +13,8 @@ author: The vLLM Fleet authors (@gpufleet)
 description:
   - Asks an endpoint what a client would ask it and says for each check whether the answer was the right one.
   - Checks the certificate (chain, name, days left), that a request without a key or with a wrong one is refused, that
-    the models are listed, that each of them completes a prompt and streams an answer piece by piece, and that paths
-    which must not be public are not.
+    the models are listed, that each of them completes a prompt and streams an answer piece by piece (or returns an embedding,
+    when it is a model for that), and that paths which must not be public are not.
   - Never fails because of an answer; look at RV(verified) or RV(failures). Changes nothing.
 options:
   url:
@@ -112,9 +112,11 @@ from urllib.parse import urlsplit
 from ansible.module_utils.basic import AnsibleModule
 
 COMPLETIONS, CHAT, NONE = "/v1/completions", "/v1/chat/completions", "none"
+EMBEDDINGS = "/v1/embeddings"
+# What vLLM says when the model does not generate: it has the paths of what its model can do and no others.
+NO_SUCH_PATH = {"detail": "Not Found"}
+DOES_NOT_GENERATE = "the model completes nothing"
 PROMPT = "Count to twenty: one, two,"
-# How many checks are made at the same time. Each is one request at a time.
-AT_A_TIME = 2
 STREAM_TOKENS = 16
 # A streamed answer takes time between its first and its last piece: 16 tokens take more than this on any hardware. One
 # that a proxy held back arrives all at once.
@@ -280,6 +282,8 @@ def check_completion(endpoint: Endpoint, path: str, model: str) -> str:
     """The model completes a prompt."""
     began = time.monotonic()
     answer = endpoint.ask("POST", path, prompt(path, model, 8), endpoint.key)
+    if answer.status == 404 and answer.json() == NO_SUCH_PATH:
+        raise CheckError(DOES_NOT_GENERATE)
     if answer.status != 200:
         raise CheckError(f"{answer.status}: {answer.text()}")
     try:
@@ -288,6 +292,19 @@ def check_completion(endpoint: Endpoint, path: str, model: str) -> str:
     except (KeyError, IndexError, TypeError):
         raise CheckError(f"not a completion: {answer.text()}") from None
     return f"{' '.join(text.split())[:40]!r} in {time.monotonic() - began:.2f} s"
+
+
+def check_embedding(endpoint: Endpoint, model: str) -> str:
+    """The model returns a vector."""
+    began = time.monotonic()
+    answer = endpoint.ask("POST", EMBEDDINGS, {"model": model, "input": PROMPT}, endpoint.key)
+    if answer.status != 200:
+        raise CheckError(f"{answer.status}: {answer.text()}")
+    try:
+        vector = [float(value) for value in answer.json()["data"][0]["embedding"]]
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise CheckError(f"not an embedding: {answer.text()}") from None
+    return f"{len(vector)} numbers in {time.monotonic() - began:.2f} s"
 
 
 def check_streaming(endpoint: Endpoint, path: str, model: str) -> str:
@@ -337,6 +354,16 @@ def row(check: str, function: Callable[[], str]) -> dict[str, str]:
     return {"check": check, "result": "FAILED", "detail": detail}
 
 
+def model_rows(endpoint: Endpoint, path: str, model: str) -> list[dict[str, str]]:
+    """Ask one model for a completion and for a stream, both at the same time: it is the model that takes its time."""
+    with ThreadPoolExecutor(2) as pool:
+        streaming = pool.submit(row, f"streaming {model}", partial(check_streaming, endpoint, path, model))
+        completion = row(f"completion {model}", partial(check_completion, endpoint, path, model))
+    if completion["detail"] == DOES_NOT_GENERATE:
+        return [row(f"embedding {model}", partial(check_embedding, endpoint, model))]
+    return [completion, streaming.result()]
+
+
 def verify(
     endpoint: Endpoint,
     models: list[str],
@@ -348,17 +375,13 @@ def verify(
     rows = [row("certificate", partial(check_certificate, endpoint, minimum_days))]
     if rows[0]["result"] != "ok" and "more days only" not in rows[0]["detail"]:
         return rows
-    checks: list[tuple[str, Callable[[], str]]] = [
-        ("key needed", partial(check_refusal, endpoint)),
-        ("models", partial(check_models, endpoint, models)),
-    ]
+    rows.append(row("key needed", partial(check_refusal, endpoint)))
+    rows.append(row("models", partial(check_models, endpoint, models)))
     for model in models if completion_path != NONE else []:
-        checks.append((f"completion {model}", partial(check_completion, endpoint, completion_path, model)))
-        checks.append((f"streaming {model}", partial(check_streaming, endpoint, completion_path, model)))
-    checks += [(f"closed {path}", partial(check_forbidden, endpoint, path)) for path in forbidden_paths]
-    # Some at a time: they wait for the endpoint, and a client's key may have few requests at the same time.
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
-        return rows + list(pool.map(lambda check: row(*check), checks))
+        rows += model_rows(endpoint, completion_path, model)
+    for path in forbidden_paths:
+        rows.append(row(f"closed {path}", partial(check_forbidden, endpoint, path)))
+    return rows
 
 
 def main() -> None:

@@ -96,6 +96,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.model_progress import
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import (
     Model,
     ModelError,
+    is_model,
     link,
     manifest_of,
     prune,
@@ -180,8 +181,11 @@ class Store:
         """Put one model under its name, or note that it is missing."""
         name, directory = model["name"], model["directory"]
         if not directory:
-            if not (Path(model["path"]) / "config.json").is_file():
-                raise ModelError(f"{name}: there is no {model['path']}/config.json on this host; is the disk mounted?")
+            if not is_model(Path(model["path"])):
+                raise ModelError(
+                    f"{name}: there is no {model['path']}/config.json on this host; is the disk mounted? "
+                    "(A LoRA adapter has an adapter_config.json instead.)"
+                )
             self.point(name, model["path"])
             return
         if manifest_of(self.path / ".revisions" / directory) is None:

@@ -9,7 +9,7 @@ version_added: 0.1.0
 author: The vLLM Fleet authors
 short_description: Looks at a host and says what stands in the way of its vLLM instances
 description:
-  - Looks at what the facts of the host do not tell, in one call, and changes nothing; at models, their weights, the release, its options,
+  - Looks at what the facts of the host do not tell, in one call, and changes nothing; at models, their weights and adapters, the release, its options,
     disk space, and the instances that run.
   - Returns every problem at once and does not fail by itself.
 options:
@@ -110,6 +110,17 @@ def weights_bytes(model: Path) -> int:
     return 0
 
 
+def missing_adapters(instances: list[dict[str, Any]]) -> list[str]:
+    """LoRA adapters that are not where they are looked for."""
+    return [
+        f"vllm_instances ({instance['name']}): the adapter {entry['name']!r} is not there (no {entry['path']}/adapter_config.json); "
+        "name it in model_store_models and run the role model_store first"
+        for instance in instances
+        for entry in instance["config"].get("lora-modules", [])
+        if not (Path(entry["path"]) / "adapter_config.json").is_file()
+    ]
+
+
 def installed_option_problems(release: Path, instances: list[dict[str, Any]], module: AnsibleModule) -> list[str]:
     """Options that the release which is installed does not know (the role's own ones left out)."""
     table = module.from_json((release / "options.json").read_text())
@@ -153,6 +164,7 @@ def main() -> None:
                 f"vllm_instances ({instance['name']}): the model {model.name!r} is not in {model.parent} (no {model}/config.json); "
                 "name it in model_store_models and run the role model_store first"
             )
+    problems += missing_adapters(instances) if required else []
     weights = {entry["name"]: weights_bytes(Path(entry["config"]["model"]).resolve()) / GB for entry in instances}
     if module.params["device"] == "cpu":
         problems += vllm_host.memory_problems(instances, module.params["memory_bytes"], weights)

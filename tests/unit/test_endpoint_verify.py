@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
     def allowed(self) -> bool:
         """Whether path and key are fine; if not, the refusal is sent."""
         fault = self.server.fault
-        if self.path not in ("/v1/models", "/v1/completions", "/v1/chat/completions"):
+        if self.path not in ("/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/embeddings"):
             self.send(200 if fault == "open path" else 404, {"error": {}})
             return False
         key = self.headers.get("Authorization")
@@ -106,7 +106,12 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.server.fault
         if fault == "slow":
             time.sleep(3)
-        if fault == "bad gateway":
+        if fault in ("embeds", "embeds nothing"):  # no fault of the gateway's: vLLM with a model that does not generate
+            if self.path != "/v1/embeddings":
+                self.send(404, {"detail": "Not Found"})
+            else:
+                self.send(200, {"data": [{"embedding": [0.1, 0.2, 0.3]}] if fault == "embeds" else []})
+        elif fault == "bad gateway":
             self.send(502, {"error": {"message": "no backend"}})
         elif fault == "not a completion":
             self.send(200, {"hello": "world"})
@@ -192,6 +197,14 @@ def test_no_completions_are_asked_for_where_none_are_served(served: Gateway, goo
     assert f"completion {MODEL}" not in found
 
 
+def test_a_model_that_completes_nothing_is_asked_for_an_embedding(served: Gateway, good_certificate: Path) -> None:
+    served.fault = "embeds"
+    found = rows(served, good_certificate)
+    assert failed(found) == {}
+    assert found[f"embedding {MODEL}"][1].startswith("3 numbers in ")
+    assert not [check for check in found if check.startswith(("completion", "streaming"))]
+
+
 @pytest.mark.parametrize(
     ("fault", "checks", "says"),
     [
@@ -203,6 +216,7 @@ def test_no_completions_are_asked_for_where_none_are_served(served: Gateway, goo
         ("buffered", [f"streaming {MODEL}"], "all at once"),
         ("few pieces", [f"streaming {MODEL}"], "2 pieces only"),
         ("cut", [f"streaming {MODEL}"], "without [DONE]"),
+        ("embeds nothing", [f"embedding {MODEL}"], "not an embedding"),
         ("open path", ["closed /metrics", "closed /invocations"], "GET is answered by 200 instead of 404"),
         ("slow", [f"completion {MODEL}", f"streaming {MODEL}"], "no answer in time"),
     ],

@@ -167,6 +167,14 @@ def test_headers_go_only_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> N
     assert {address: bool(downloader.headers_for(address, rules_of)) for address in asked} == asked
 
 
+def test_an_adapter_is_a_model_too(tmp_path: Path, source: Path) -> None:
+    (source / "config.json").rename(source / "adapter_config.json")
+    assert rules.problems([copied(source)]) == []
+    keeper = Keeper(tmp_path)
+    keeper.run({"name": "tiny", "source": "path", "path": str(source)})
+    assert (keeper.path / "tiny").readlink() == source
+
+
 def test_the_fingerprint_follows_the_content(source: Path) -> None:
     before = rules.fingerprint(source)
     assert rules.fingerprint(source) == before

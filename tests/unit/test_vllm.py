@@ -20,6 +20,11 @@ GOOD: dict[str, Any] = {
 }
 
 
+def lora(*entries: Any) -> dict[str, Any]:
+    """Options with these adapters."""
+    return {"enable-lora": True, "lora-modules": list(entries)}
+
+
 def problems(*changes: dict[str, Any], device: str = "cuda") -> str:
     return "; ".join(vllm.instance_problems([{**GOOD, **change} for change in changes], device, TABLE))
 
@@ -59,6 +64,17 @@ def test_a_good_instance_has_no_problem() -> None:
         ({"options": {"max-model-len": None}}, "'max-model-len' has no value"),
         ({"options": {"host": "10.0.0.1"}}, "option 'host' cannot be set here: it comes from vllm_bind_address"),
         ({"options": {"api-key": "x"}}, "it comes from vllm_internal_key"),
+        ({"options": lora("poet")}, "option 'lora-modules'[0] is 'poet'; it must be {name: ..., path: ...}"),
+        ({"options": lora({"name": "poet"})}, "it must be {name: ..., path: ...}"),
+        ({"options": lora({"name": "poet", "path": 5})}, "it must be {name: ..., path: ...}"),
+        (
+            {"options": lora("poet=acme/poet")},
+            "path 'acme/poet'; it must be the name of a model in the model store, or",
+        ),
+        ({"options": lora("poet=/home/me/poet")}, "'/home/me/poet', which the unit of vLLM does not see"),
+        ({"options": lora("qwen=poet")}, "option 'lora-modules'[0] has the name 'qwen', which is taken"),
+        ({"options": lora("a=x", "a=y")}, "option 'lora-modules'[1] has the name 'a', which is taken"),
+        ({"options": {"lora-modules": ["a=x"]}}, "option 'lora-modules' needs 'enable-lora: true'"),
         ({"environment": {"VLLM_SERVER_DEV_MODE": 1}}, "VLLM_SERVER_DEV_MODE is refused"),
         ({"environment": {"PYTHONOPTIMIZE": 1}}, "CVE-2026-41523"),
         ({"environment": {"a b": 1}}, "must consist of upper-case letters"),
@@ -89,6 +105,27 @@ def test_all_problems_are_told_at_once() -> None:
 
 def test_a_cpu_takes_no_gpus() -> None:
     assert "'gpus' must be empty" in problems({}, device="cpu")
+
+
+def test_an_adapter_is_a_model_of_the_store_or_lies_elsewhere() -> None:
+    good = lora({"name": "poet", "path": "poet-adapter"}, "clerk=/mnt/adapters/clerk")
+    assert problems({"options": good}) == ""
+    assert vllm.model_problems([{**GOOD, "options": good}], ["qwen", "poet-adapter"]) == []
+    assert vllm.model_problems([{**GOOD, "options": good}], ["qwen", "poet-adaptor"]) == [
+        "vllm_instances[0]: adapter 'poet-adapter' is not in model_store_models; did you mean 'poet-adaptor'?"
+    ]
+    made = vllm.generation({**GOOD, "options": good}, settings())["config"]["lora-modules"]
+    assert made == [
+        {"name": "poet", "path": "/srv/models/poet-adapter"},
+        {"name": "clerk", "path": "/mnt/adapters/clerk"},
+    ]
+
+
+def test_an_adapter_that_is_none_is_told_and_breaks_nothing() -> None:
+    """All checks run together, also those that look at what is made of a wrong entry."""
+    wrong = {**GOOD, "options": lora("poet", 5, {"path": None})}
+    assert vllm.generation(wrong, settings())["config"]["lora-modules"] == ["poet", 5, {"path": None}]
+    assert vllm.model_problems([wrong], ["qwen"]) == []
 
 
 @pytest.mark.parametrize("name", vllm.RENAMED_OPTIONS)
@@ -137,6 +174,14 @@ def test_a_generation_asks_for_the_name_that_is_served() -> None:
 def test_cores_are_bound_on_a_cpu_only() -> None:
     made = vllm.generation({**GOOD, "gpus": [], "cpus": [0, 2]}, settings(device="cpu"))
     assert made["environment"] == {"A": "1", "VLLM_CPU_OMP_THREADS_BIND": "0,2"}
+
+
+def test_what_is_eager_on_a_cpu_compiles_nothing_at_all() -> None:
+    eager = {**GOOD, "gpus": [], "options": {"enforce-eager": True}}
+    assert vllm.generation(eager, settings(device="cpu"))["environment"] == {"A": "1", "TORCHDYNAMO_DISABLE": "1"}
+    set_by_hand = {**eager, "environment": {"TORCHDYNAMO_DISABLE": 0}}
+    assert vllm.generation(set_by_hand, settings(device="cpu"))["environment"]["TORCHDYNAMO_DISABLE"] == "0"
+    assert "TORCHDYNAMO_DISABLE" not in vllm.generation({**eager, "gpus": [0]}, settings())["environment"]
 
 
 def test_the_environment_file_is_escaped_as_systemd_reads_it() -> None:

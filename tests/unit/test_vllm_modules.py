@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ansible_collections.gpufleet.llm.plugins.module_utils import generations, vllm_host
-from ansible_collections.gpufleet.llm.plugins.modules import completion_gate, vllm_generation
+from ansible_collections.gpufleet.llm.plugins.modules import completion_gate, vllm_generation, vllm_preflight
 
 # What vLLM 0.32 logs when the engine refuses its configuration, shortened to one of each kind of line.
 JOURNAL = """Started vllm@chat.service - vLLM instance chat.
@@ -111,6 +112,33 @@ def test_an_embedding_passes_for_a_pooling_model(upstream: Any) -> None:
         lambda body, _key: (200, '{"data": [1]}') if body["path"] == "/v1/embeddings" else (404, "")
     )
     assert completion_gate.ask(instance(upstream.url, api="embeddings"), "k", 5) == ""
+
+
+@pytest.mark.parametrize(
+    ("has", "passes"),
+    [("/v1/embeddings", '{"data": [1]}'), ("/pooling", '{"data": [1]}'), ("", None)],
+)
+def test_a_model_that_says_by_itself_what_it_is_for_is_asked_by_the_path_that_it_has(
+    upstream: Any, has: str, passes: str | None
+) -> None:
+    """vLLM's own answers (0.32): it has no path for what its model cannot do."""
+    upstream.answer = staticmethod(
+        lambda body, _key: (200, passes) if body["path"] == has else (404, '{"detail":"Not Found"}')
+    )
+    told = completion_gate.ask(instance(upstream.url), "k", 5)
+    assert told == ("" if passes else "it answers neither completions nor embeddings nor pooling")
+
+
+def test_a_model_with_another_name_is_not_asked_by_other_paths(upstream: Any) -> None:
+    asked = []
+
+    def answer(body: dict[str, Any], _key: str) -> tuple[int, str]:
+        asked.append(body["path"])
+        return 404, '{"error":{"message":"The model `qwen` does not exist.","type":"NotFoundError","code":404}}'
+
+    upstream.answer = staticmethod(answer)
+    assert "does not exist" in completion_gate.ask(instance(upstream.url), "k", 5)
+    assert asked == ["/v1/completions"]
 
 
 def test_a_hung_engine_does_not_pass(upstream: Any) -> None:
@@ -220,6 +248,40 @@ def test_what_differs_becomes_a_new_generation(tmp_path: Path, runtime: Path, ch
     switch(tmp_path, runtime)
     assert prepare(tmp_path, **change)["pending"] == ["chat"]
     assert switch(tmp_path, runtime).current() == 2
+
+
+def test_vllm_reads_the_entries_of_a_list_as_it_needs_them() -> None:
+    """vLLM 0.32 and 0.33 give str() of an entry to the parser of the option, and json.dumps() of a mapping."""
+    overrides = {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}
+    text = generations.render_config({"lora-modules": [{"name": "it's", "path": "/a"}], "hf-overrides": overrides})
+    read = yaml.safe_load(text)
+    assert json.loads(str(read["lora-modules"][0])) == {"name": "it's", "path": "/a"}
+    assert read["hf-overrides"] == overrides
+    assert yaml.safe_load(generations.render_config({"served-model-name": ["a", "b"]})) == {
+        "served-model-name": ["a", "b"]
+    }
+
+
+def test_another_revision_of_an_adapter_is_a_new_generation(tmp_path: Path) -> None:
+    link = tmp_path / "poet"
+    texts = []
+    for revision in ("r1", "r2"):
+        (tmp_path / revision).mkdir()
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / revision)
+        adapted = wanted(1)
+        adapted["config"]["lora-modules"] = [{"name": "poet", "path": str(link)}]
+        texts.append(generations.wanted_content(adapted, "", "/opt/r1")["config.yaml"])
+    assert [str(tmp_path / "r1") in texts[0], str(tmp_path / "r2") in texts[1]] == [True, True]
+
+
+def test_an_adapter_that_is_not_there_is_told(tmp_path: Path) -> None:
+    adapted = wanted(1)
+    adapted["config"]["lora-modules"] = [{"name": "poet", "path": str(tmp_path)}]
+    assert vllm_preflight.missing_adapters([wanted(1)]) == []
+    assert "the adapter 'poet' is not there" in vllm_preflight.missing_adapters([adapted])[0]
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert vllm_preflight.missing_adapters([adapted]) == []
 
 
 def test_an_input_that_changed_is_a_new_generation(tmp_path: Path, runtime: Path) -> None:
