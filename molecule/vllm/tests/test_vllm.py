@@ -354,14 +354,14 @@ def test_what_cannot_work_here_is_refused(host: Host, variables: dict[str, Any],
 def test_a_running_request_ends_before_its_instance_stops(host: Host) -> None:
     """`other` is restarted under a request that takes some seconds: the request is answered to its end."""
     answers: list[tuple[int, Any]] = []
-    client = threading.Thread(target=lambda: answers.append(ask(host, 8001, "other-name", tokens=120)))
+    client = threading.Thread(target=lambda: answers.append(ask(host, 8001, "other-name", tokens=60)))
     client.start()
     time.sleep(1.5)
     host.check_output("systemctl stop vllm@other")
     client.join()
     status, answer = answers[0]
     assert status == 200, answer
-    assert answer["usage"]["completion_tokens"] == 120
+    assert answer["usage"]["completion_tokens"] == 60
     assert host.check_output("systemctl show --property=Result --value vllm@other") == "success"
     leftover = host.run("pgrep -u vllm -f VLLM::EngineCore -c").stdout.strip()
     assert leftover == "2", "only the engines of `chat` and `embed` may be left"
