@@ -43,8 +43,17 @@ SSH = [
     "ssh", "-i", str(DEMO / "id_ed25519"), "-o", "IdentitiesOnly=yes", "-o", f"UserKnownHostsFile={DEMO / 'known_hosts'}",
     "-o", "BatchMode=yes", "-o", "ControlPath=none", "-l", "fleet",
 ]  # fmt: skip
-# The whole host's, and that of all vLLM instances; the second is missing on a gateway.
-READ_CPU = "grep -h usage_usec /sys/fs/cgroup/cpu.stat /sys/fs/cgroup/system.slice/system-vllm.slice/cpu.stat 2>/dev/null; true"
+# The whole host's, and that of all vLLM instances; the second is missing on a gateway. With cgroup v1 there is no figure for a slice, so the
+# processes in it are summed up.
+READ_CPU = r"""
+if [ -e /sys/fs/cgroup/cpu.stat ]; then
+  grep -h usage_usec /sys/fs/cgroup/cpu.stat /sys/fs/cgroup/system.slice/system-vllm.slice/cpu.stat 2>/dev/null
+else
+  awk '{printf "usage_usec %d\n", $1 / 1000}' /sys/fs/cgroup/cpuacct/cpuacct.usage
+  cat /sys/fs/cgroup/systemd/system.slice/system-vllm.slice/*/cgroup.procs 2>/dev/null | sed 's|.*|/proc/&/stat|' | xargs -r cat |
+    sed 's/.*) //' | awk -v hz="$(getconf CLK_TCK)" '{t += $12 + $13} END {if (NR) printf "usage_usec %d\n", t * 1000000 / hz}'
+fi
+true"""
 
 
 @dataclasses.dataclass
