@@ -50,7 +50,8 @@ if [ -e /sys/fs/cgroup/cpu.stat ]; then
   grep -h usage_usec /sys/fs/cgroup/cpu.stat /sys/fs/cgroup/system.slice/system-vllm.slice/cpu.stat 2>/dev/null
 else
   awk '{printf "usage_usec %d\n", $1 / 1000}' /sys/fs/cgroup/cpuacct/cpuacct.usage
-  cat /sys/fs/cgroup/systemd/system.slice/system-vllm.slice/*/cgroup.procs 2>/dev/null | sed 's|.*|/proc/&/stat|' | xargs -r cat |
+  cat /sys/fs/cgroup/systemd/system.slice/system-vllm.slice/*/cgroup.procs \
+      /sys/fs/cgroup/unified/system.slice/system-vllm.slice/*/cgroup.procs 2>/dev/null | sed 's|.*|/proc/&/stat|' | xargs -r cat |
     sed 's/.*) //' | awk -v hz="$(getconf CLK_TCK)" '{t += $12 + $13} END {if (NR) printf "usage_usec %d\n", t * 1000000 / hz}'
 fi
 true"""
