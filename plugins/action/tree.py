@@ -13,7 +13,7 @@ from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.module_utils.common.text.converters import to_bytes
 from ansible.plugins.action import ActionBase
 from ansible.template import generate_ansible_template_vars, trust_as_template
-from ansible_collections.gpufleet.llm.plugins.module_utils.tree import NAME, Entry, TreeError, pack
+from ansible_collections.gpufleet.llm.plugins.module_utils.tree import NAME, REQUIREMENT, Entry, TreeError, pack
 from ansible_collections.gpufleet.llm.plugins.module_utils.tree_seen import STATE_PATH, digest
 
 IGNORED = ("*~", ".*.sw?", ".gitkeep")
@@ -41,6 +41,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "links": {"type": "list", "elements": "dict", "options": LINK, "default": []},
     "owner": {"type": "str", "default": "root"},
     "group": {"type": "str", "default": "root"},
+    "requires": {"type": "list", "elements": "dict", "options": REQUIREMENT, "default": []},
     "validate": {"type": "list", "elements": "str", "default": []},
     "notify": {"type": "dict", "default": {}},
     "state_path": {"type": "path", "default": STATE_PATH},
@@ -59,7 +60,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         for name in ("modes", "notify"):
             # Ansible renders the values of a dictionary, but not its keys, which here are paths.
             arguments[name] = {self._templar.template(key): value for key, value in arguments[name].items()}
-        passed = {name: arguments[name] for name in ("name", "state", "state_path", "validate")}
+        passed = {name: arguments[name] for name in ("name", "state", "state_path", "requires", "validate")}
         passed["notify"] = self.patterns(arguments["notify"])
         if arguments["state"] == "present":
             try:

@@ -39,6 +39,8 @@ NOTHING: dict[str, Any] = {"id": "", "paths": [], "secrets": [], "directories": 
 SHOWN_BYTES = 100_000  # what is larger is not shown in a diff
 NAME = re.compile(r"[a-z0-9_-]+")
 MODE = re.compile(r"[0-7]{3,4}")
+# the argument spec of what a change requires
+REQUIREMENT = {"path": {"type": "str", "required": True}, "fail_msg": {"type": "str", "required": True}}
 
 
 class TreeError(Exception):
@@ -172,6 +174,7 @@ class Tree:
         validate: Sequence[str] = (),
         check: bool = False,
         diff: bool = False,
+        requires: Sequence[Mapping[str, str]] = (),
     ) -> dict[str, Any]:
         """Make what is wanted so, and nothing but that of what was wanted before."""
         create = bool(entries) and not check
@@ -196,6 +199,9 @@ class Tree:
                 concealed = {*before["secrets"], *after["secrets"]}
                 result["diff"] = [self.difference(step, step.path in concealed) for step in steps]
             if steps and not check:
+                for required in requires:
+                    if not (self.root / required["path"].lstrip("/")).exists():
+                        raise TreeError(required["fail_msg"])
                 self.transact(identity, steps, after, validate)
             elif after != before and not check:  # the files are as wanted already: only the book is not
                 self.save(MANIFEST, after)

@@ -142,6 +142,22 @@ options:
     description: Name of the group of files and directories that do not say it themselves.
     type: str
     default: root
+  requires:
+    description:
+      - What has to be on the host already because the new files name it, for example a certificate. It is looked for before anything is
+        written, when something is to change.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      path:
+        description: Where it is on the host.
+        type: str
+        required: true
+      fail_msg:
+        description: What the task says when it is not there.
+        type: str
+        required: true
   validate:
     description:
       - Commands that have to accept the new files. They run with the files in place, without a shell, when something changed. When one
@@ -163,7 +179,8 @@ options:
     default: /var/lib/vllm-fleet/tree
 attributes:
   check_mode:
-    description: Says what would change and writes nothing. O(validate) is not run. What a killed run left is reported and left alone.
+    description: Says what would change and writes nothing. O(requires) is not looked for and O(validate) is not run. What a killed run
+      left is reported and left alone.
     support: full
   diff_mode:
     description: Shows mode, owner and content. Secret and binary content is not shown, only that it changed.
@@ -239,7 +256,7 @@ interrupted:
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils.tree import NAME, Tree, TreeError, unpack
+from ansible_collections.gpufleet.llm.plugins.module_utils.tree import NAME, REQUIREMENT, Tree, TreeError, unpack
 from ansible_collections.gpufleet.llm.plugins.module_utils.tree_seen import STATE_PATH
 
 
@@ -251,6 +268,7 @@ def main() -> None:
             "state": {"type": "str", "choices": ["present", "settled", "absent"], "default": "present"},
             "state_path": {"type": "path", "default": STATE_PATH},
             "payload": {"type": "str", "no_log": True},
+            "requires": {"type": "list", "elements": "dict", "options": REQUIREMENT, "default": []},
             "validate": {"type": "list", "elements": "str", "default": []},
             "notify": {"type": "dict", "default": {}},
         },
@@ -267,7 +285,12 @@ def main() -> None:
         else:
             wanted = unpack(parameters["payload"]) if parameters["state"] == "present" else []
             result = tree.present(
-                wanted, parameters["notify"], parameters["validate"], module.check_mode, bool(module._diff)
+                wanted,
+                parameters["notify"],
+                parameters["validate"],
+                module.check_mode,
+                bool(module._diff),
+                parameters["requires"],
             )
     except (TreeError, OSError) as error:
         module.fail_json(msg=f"{parameters['name']}: {error}")

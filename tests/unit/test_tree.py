@@ -280,6 +280,23 @@ def test_a_refused_change_is_undone_and_tells_why(host: Host) -> None:
     assert host.snapshot() == before
 
 
+def test_what_a_change_requires_is_looked_for_before_it(host: Host) -> None:
+    requires = [
+        {"path": "/etc/there", "fail_msg": "there"},
+        {"path": "/etc/pem", "fail_msg": "/etc/pem (pem) is not there"},
+    ]
+    host.write("/etc/there")
+    before = host.snapshot()
+    with pytest.raises(TreeError, match=r"^/etc/pem \(pem\) is not there$"):
+        host.present(entry("/etc/a"), requires=requires)
+    assert host.snapshot() == before
+    host.present(entry("/etc/a"), requires=requires, check=True)
+    host.write("/etc/pem")
+    assert host.present(entry("/etc/a"), requires=requires)["changed"]
+    (host.root / "etc/pem").unlink()
+    assert not host.present(entry("/etc/a"), requires=requires)["changed"]
+
+
 def test_validation_runs_only_for_a_change(host: Host) -> None:
     host.present(entry("/a"), validate=["true"])
     host.present(entry("/a"), validate=["false"])
@@ -699,6 +716,7 @@ TASKS = """
     exclude: ["*/keys/*.j2"]
     directories: [{path: "{{ out }}/etc/keys", mode: "0700"}]
     links: [{path: "{{ out }}/bin/app", target: /opt/app}]
+    requires: "{{ needs | default([]) }}"
     validate: "{{ checks | default([]) }}"
     notify:
       "{{ out }}/etc/app.conf": Reload app
@@ -862,6 +880,9 @@ def test_a_refused_change_fails_the_task_and_changes_nothing(play: Play) -> None
         play.run(greeting="bad", checks=[f"grep -c bad {play.out}/etc/app.conf", "false"], status=2).split()
     )
     assert "demo: validate: 'false' ended with 1: ; every file is as it was" in told
+    assert play.files() == before
+    missing = play.run(greeting="bad", needs=[{"path": f"{play.out}/key", "fail_msg": "make a key"}], status=2)
+    assert "demo: make a key" in " ".join(missing.split())
     assert play.files() == before
     assert ran(told) == []
     assert "changed=0" in play.run()
