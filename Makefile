@@ -11,6 +11,9 @@ export UV_SYSTEM_CERTS := 1
 # Ansible refuses to start without a UTF-8 locale.
 export LC_ALL := C.UTF-8
 
+# Without its compiled files every call of Ansible compiles all of Ansible again: a second each time.
+unexport PYTHONDONTWRITEBYTECODE
+
 UV := .venv/bin/uv
 RUN := .venv/bin/python tests/run.py
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ansible.plugins.action import ActionBase
 from ansible_collections.gpufleet.llm.plugins.module_utils.lease import Holder, holder
+from ansible_collections.gpufleet.llm.plugins.plugin_utils.quick import QuickAction
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "state": {"type": "str", "choices": ["held", "released"], "default": "held"},
@@ -53,25 +54,23 @@ def is_over(other: Holder) -> bool:
     return bool(other.place) and other.place == place() and run_name(other.pid, other.place) != other.run
 
 
-class ActionModule(ActionBase):  # type: ignore[misc]
+class ActionModule(QuickAction):
     """See the module's documentation."""
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Take the lease; when somebody else has it, see whether that run can be over."""
-        result: dict[str, Any] = super().run(tmp, task_vars)
+        result: dict[str, Any] = ActionBase.run(self, tmp, task_vars)
         _, arguments = self.validate_argument_spec(ARGUMENTS)
         if self._task.check_mode:
             return {**result, "changed": False, "skipped": True}
         wanted = {"state": arguments["state"], "holder": vars(this_run())}
-        answer = self._execute_module("gpufleet.llm.host_lease", wanted, task_vars=task_vars)
+        answer = self.quick("host_lease", wanted, task_vars or {})
         taken_over = ""
         if not answer.get("failed") and not answer.get("held", True):
             other = holder(answer["holder"])
             if arguments["take_over"] or is_over(other):
                 taken_over = str(other)
-                answer = self._execute_module(
-                    "gpufleet.llm.host_lease", {**wanted, "instead_of": other.run}, task_vars=task_vars
-                )
+                answer = self.quick("host_lease", {**wanted, "instead_of": other.run}, task_vars or {})
         result.update(answer)
         if not result.get("failed") and not result.pop("held", True):
             result.update(

@@ -218,26 +218,29 @@ class Gate:
         return {"name": instance["name"], "reason": reason, "journal": self.journal(unit) if unit else []}
 
 
+ARGUMENTS: dict[str, Any] = {
+    "instances": {
+        "type": "list",
+        "elements": "dict",
+        "required": True,
+        "options": {
+            "name": {"type": "str", "required": True},
+            "url": {"type": "str", "required": True},
+            "model": {"type": "str", "required": True},
+            "api": {"type": "str", "choices": list(REQUESTS), "default": "completions"},
+            "unit": {"type": "str"},
+        },
+    },
+    "api_key": {"type": "str", "required": True, "no_log": True},
+    "timeout": {"type": "int", "default": 900},
+    "request_timeout": {"type": "int", "default": 60},
+}
+
+
 def main() -> None:
     """Wait for all instances side by side."""
     module = AnsibleModule(
-        argument_spec={
-            "instances": {
-                "type": "list",
-                "elements": "dict",
-                "required": True,
-                "options": {
-                    "name": {"type": "str", "required": True},
-                    "url": {"type": "str", "required": True},
-                    "model": {"type": "str", "required": True},
-                    "api": {"type": "str", "choices": list(REQUESTS), "default": "completions"},
-                    "unit": {"type": "str"},
-                },
-            },
-            "api_key": {"type": "str", "required": True, "no_log": True},
-            "timeout": {"type": "int", "default": 900},
-            "request_timeout": {"type": "int", "default": 60},
-        },
+        argument_spec=ARGUMENTS,
         supports_check_mode=True,
     )
     if module.check_mode or not module.params["instances"]:

@@ -313,13 +313,16 @@ def gpu_facts(program: Program | None) -> dict[str, Any]:
     return {"gpus": gpus, "gpu_error": "" if gpus else output.strip() or "nvidia-smi shows no GPU"}
 
 
+ARGUMENTS: dict[str, Any] = {
+    "gather": {"type": "list", "elements": "str", "choices": SECTIONS, "default": SECTIONS},
+    "paths": {"type": "list", "elements": "path", "default": []},
+}
+
+
 def main() -> None:
     """Look, and tell."""
     module = AnsibleModule(
-        argument_spec={
-            "gather": {"type": "list", "elements": "str", "choices": SECTIONS, "default": SECTIONS},
-            "paths": {"type": "list", "elements": "path", "default": []},
-        },
+        argument_spec=ARGUMENTS,
         supports_check_mode=True,
     )
     gather = set(module.params["gather"])

@@ -77,19 +77,22 @@ released:
 """
 
 from dataclasses import asdict
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils.lease import Lease, LeaseError, holder
+
+ARGUMENTS: dict[str, Any] = {
+    "state": {"type": "str", "choices": ["held", "released"], "default": "held"},
+    "holder": {"type": "dict", "required": True},
+    "instead_of": {"type": "str", "default": ""},
+}
 
 
 def main() -> None:
     """Do what the action plugin asks: it knows the controller."""
     module = AnsibleModule(
-        argument_spec={
-            "state": {"type": "str", "choices": ["held", "released"], "default": "held"},
-            "holder": {"type": "dict", "required": True},
-            "instead_of": {"type": "str", "default": ""},
-        }
+        argument_spec=ARGUMENTS,
     )
     lease = Lease()
     try:

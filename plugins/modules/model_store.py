@@ -217,19 +217,22 @@ class Store:
             )
 
 
+ARGUMENTS: dict[str, Any] = {
+    "path": {"type": "path", "required": True},
+    "user": {"type": "str", "default": "model-store"},
+    "models": {"type": "list", "elements": "dict", "required": True},
+    "arrived": {"type": "dict", "default": {}},
+    "arrived_name": {"type": "str", "default": ""},
+    "keep_revisions": {"type": "int", "default": 2},
+    "reserve_bytes": {"type": "int", "default": 0},
+    "share": {"type": "bool", "default": False},
+}
+
+
 def main() -> None:
     """Run as an Ansible module."""
     module = AnsibleModule(
-        argument_spec={
-            "path": {"type": "path", "required": True},
-            "user": {"type": "str", "default": "model-store"},
-            "models": {"type": "list", "elements": "dict", "required": True},
-            "arrived": {"type": "dict", "default": {}},
-            "arrived_name": {"type": "str", "default": ""},
-            "keep_revisions": {"type": "int", "default": 2},
-            "reserve_bytes": {"type": "int", "default": 0},
-            "share": {"type": "bool", "default": False},
-        },
+        argument_spec=ARGUMENTS,
         supports_check_mode=True,
     )
     try:

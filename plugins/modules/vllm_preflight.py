@@ -135,20 +135,23 @@ def installed_option_problems(release: Path, instances: list[dict[str, Any]], mo
     return problems
 
 
+ARGUMENTS: dict[str, Any] = {
+    "instances": {"type": "list", "elements": "dict", "required": True, "no_log": False},
+    "device": {"type": "str", "choices": ["cuda", "cpu"], "required": True},
+    "release": {"type": "path", "required": True},
+    "release_gb": {"type": "int", "required": True},
+    "gpus": {"type": "list", "elements": "dict", "default": []},
+    "memory_bytes": {"type": "int", "required": True},
+    "config_path": {"type": "path", "default": "/etc/vllm"},
+    "inputs": {"type": "list", "elements": "path", "default": []},
+    "require_models": {"type": "bool", "default": True},
+}
+
+
 def main() -> None:
     """Look, and tell."""
     module = AnsibleModule(
-        argument_spec={
-            "instances": {"type": "list", "elements": "dict", "required": True, "no_log": False},
-            "device": {"type": "str", "choices": ["cuda", "cpu"], "required": True},
-            "release": {"type": "path", "required": True},
-            "release_gb": {"type": "int", "required": True},
-            "gpus": {"type": "list", "elements": "dict", "default": []},
-            "memory_bytes": {"type": "int", "required": True},
-            "config_path": {"type": "path", "default": "/etc/vllm"},
-            "inputs": {"type": "list", "elements": "path", "default": []},
-            "require_models": {"type": "bool", "default": True},
-        },
+        argument_spec=ARGUMENTS,
         supports_check_mode=True,
     )
     instances: list[dict[str, Any]] = module.params["instances"]

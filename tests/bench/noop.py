@@ -6,6 +6,7 @@ Uses the running demo fleet and nothing else: `make demo DEMO_HOSTS=8` starts on
 of inference hosts; the gateway is always there too, and smaller sizes are runs with --limit.
 
     fleet      site.yml, with everything that it does: it looks at the models too, and ends with completions through the gateway
+    unproved   the same without the questions of a client at the end (--skip-tags verify)
     ordinary   ordinary/site.yml, the same hosts stated a task for each file, under Ansible's defaults
     pyinfra    pyinfra_deploy.py, the same by pyinfra (installed into .cache/pyinfra when it is missing)
 
@@ -39,6 +40,8 @@ DEMO = Path(os.environ.get("DEMO_DIR", ROOT / ".demo"))
 ORDINARY = ROOT / "tests/bench/ordinary/site.yml"
 PYINFRA_VERSION = "3.10.0"
 PYINFRA = ROOT / ".cache/pyinfra"
+# The Python programs of all ways are compiled once, by the run that warms them up, as on anybody's machine.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 SSH = [
     "ssh", "-i", str(DEMO / "id_ed25519"), "-o", "IdentitiesOnly=yes", "-o", f"UserKnownHostsFile={DEMO / 'known_hosts'}",
     "-o", "BatchMode=yes", "-o", "ControlPath=none", "-l", "fleet",
@@ -143,12 +146,13 @@ class Bench:
             deploy = str(ROOT / "tests/bench/pyinfra_deploy.py")
             return [program, str(self.pyinfra_inventory(size)), deploy, "--json"], environment
         limit = ":".join(name for hosts in self.chosen(size).values() for name in hosts)
-        playbook = str(ROOT / "site.yml" if way == "fleet" else ORDINARY)
+        playbook = str(ORDINARY if way == "ordinary" else ROOT / "site.yml")
         if way == "ordinary":
             environment["ANSIBLE_CONFIG"] = str(self.directory / "defaults.cfg")
             # For the callback that counts.
             environment["ANSIBLE_COLLECTIONS_PATH"] = str(ROOT / ".collections")
-        return ["ansible-playbook", "-i", str(ROOT / "inventories/demo"), playbook, "--limit", limit], environment
+        command = ["ansible-playbook", "-i", str(ROOT / "inventories/demo"), playbook, "--limit", limit]
+        return command + (["--skip-tags", "verify"] if way == "unproved" else []), environment
 
     def run(self, way: str, size: int, *options: str, **more: str) -> tuple[float, float, str]:
         """Run a way once. Returns its seconds, its CPU seconds here, and what it printed about its calls."""
@@ -160,7 +164,7 @@ class Bench:
             begun = time.perf_counter()
             done = subprocess.run(
                 [*command, *options], cwd=self.directory if way == "pyinfra" else ROOT, text=True, capture_output=True, stdin=subprocess.DEVNULL, check=False,
-                env={**os.environ, **environment, **more, "PATH": path, "ANSIBLE_SSH_CONTROL_PATH_DIR": sockets},
+                env={**ENVIRONMENT, **environment, **more, "PATH": path, "ANSIBLE_SSH_CONTROL_PATH_DIR": sockets},
             )  # fmt: skip
             wall = time.perf_counter() - begun
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -241,8 +245,9 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, nargs="+", default=[1, 2, 4, 8])
+    everything = ["fleet", "unproved", "ordinary", "pyinfra"]
+    parser.add_argument("--ways", nargs="+", choices=everything, default=everything)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--ways", nargs="+", choices=["fleet", "ordinary", "pyinfra"], default=["fleet", "ordinary", "pyinfra"])  # fmt: skip
     arguments = parser.parse_args()
     try:
         addresses: dict[str, str] = json.loads((DEMO / "access.json").read_text())["hosts"]

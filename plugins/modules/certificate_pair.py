@@ -1,0 +1,165 @@
+#!/usr/bin/python
+# Copyright: the vLLM Fleet authors
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a certificate and its key are those that are wanted."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: certificate_pair
+version_added: 0.1.0
+author: The vLLM Fleet authors
+short_description: Tells whether a certificate and its key are those that are wanted
+description:
+  - Looks at C(fullchain.pem) and C(privkey.pem) of a directory in one call, by C(openssl) on the host, and changes nothing.
+options:
+  directory:
+    description: Where the pair is, and C(ca.pem) when the host has an authority of its own.
+    type: path
+    required: true
+  certificate:
+    description: The certificate has to be this one, PEM. The other conditions are not looked at then.
+    type: str
+    default: ""
+  names:
+    description: DNS names and IP addresses that the certificate has to be for, and no others.
+    type: list
+    elements: str
+    default: []
+  authority_name:
+    description: Common name of the authority that has to have signed it.
+    type: str
+    default: ""
+  days:
+    description: Days that it has to be valid for from now on.
+    type: float
+    default: 0
+attributes:
+  check_mode:
+    description: Changes nothing.
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: The pair is looked at
+  gpufleet.llm.certificate_pair:
+    directory: /etc/ssl/vllm-fleet
+    names: [llm.example.com, 192.0.2.10]
+    authority_name: vLLM Fleet CA gw1
+    days: 30
+  register: __tls_certificate_pair
+"""
+
+RETURN = r"""
+good:
+  description: Whether the pair is as wanted.
+  returned: always
+  type: bool
+reason:
+  description: What is not as wanted, empty when all is.
+  returned: always
+  type: str
+  sample: the certificate is for old.example.com
+authority:
+  description: Certificate of the host's own authority, PEM, empty when there is none.
+  returned: always
+  type: str
+"""
+
+import ipaddress
+import re
+import shutil
+import ssl
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+FIELDS = {
+    "until": re.compile(r"^notAfter=(.+)$", re.MULTILINE),
+    "issuer": re.compile(r"^issuer=(?:\n .*)*?\n\s*commonName\s*= (.*)$", re.MULTILINE),
+    "names": re.compile(r"Subject Alternative Name:.*\n\s*(.+)$", re.MULTILINE),
+    "key": re.compile(r"(-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----)", re.DOTALL),
+}
+
+
+def plain(name: str) -> str:
+    """A name or an address in one way of writing."""
+    name = re.sub(r"^(DNS|IP Address):", "", name.strip()).lower()
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return name
+
+
+def described(text: str) -> dict[str, str]:
+    """What openssl printed of a certificate."""
+    return {field: match[1].strip() if (match := pattern.search(text)) else "" for field, pattern in FIELDS.items()}
+
+
+def problem(found: dict[str, str], names: Sequence[str], authority: str, days: float, now: float) -> str:
+    """What is wrong with a certificate, or nothing."""
+    wanted, there = {plain(name) for name in names}, {plain(name) for name in found["names"].split(",") if name}
+    if wanted != there:
+        return f"the certificate is for {', '.join(sorted(there)) or 'no name'}"
+    if found["issuer"] != authority:
+        return f"the certificate was signed by {found['issuer'] or 'nobody known'}"
+    left = (ssl.cert_time_to_seconds(found["until"]) - now) / 86400
+    return "" if left > days else f"the certificate is valid for {left:.0f} days"
+
+
+def look(module: AnsibleModule) -> str:
+    """What is wrong with the pair, or nothing."""
+    given = module.params
+    directory = Path(given["directory"])
+    certificate, key = directory / "fullchain.pem", directory / "privkey.pem"
+    missing = [path.name for path in (certificate, key) if not path.exists()]
+    if missing:
+        return f"there is no {missing[0]}"
+    if not shutil.which("openssl"):
+        return "openssl is not installed"
+    shown = [
+        "openssl", "x509", "-in", str(certificate), "-noout", "-pubkey", "-enddate", "-issuer",
+        "-nameopt", "multiline,utf8,-esc_msb", "-ext", "subjectAltName",
+    ]  # fmt: skip
+    status, output, error = module.run_command(shown)
+    if status:
+        return f"fullchain.pem cannot be read: {error.strip()}"
+    found = described(output)
+    status, public, error = module.run_command(["openssl", "pkey", "-in", str(key), "-pubout"])
+    if status:
+        return f"privkey.pem cannot be read: {error.strip()}"
+    if found["key"] != public.strip():
+        return "the key does not belong to the certificate"
+    if given["certificate"]:
+        same = certificate.read_text().strip() == given["certificate"].strip()
+        return "" if same else "the certificate is another one"
+    return problem(found, given["names"], given["authority_name"], given["days"], time.time())
+
+
+ARGUMENTS: dict[str, Any] = {
+    "directory": {"type": "path", "required": True},
+    "certificate": {"type": "str", "default": ""},
+    "names": {"type": "list", "elements": "str", "default": []},
+    "authority_name": {"type": "str", "default": ""},
+    "days": {"type": "float", "default": 0.0},
+}
+
+
+def main() -> None:
+    """Look, and tell."""
+    module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
+    reason = look(module)
+    authority = Path(module.params["directory"]) / "ca.pem"
+    module.exit_json(
+        changed=False,
+        good=not reason,
+        reason=reason,
+        authority=authority.read_text() if authority.exists() else "",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Modules that are run without Ansible's machinery do what they do with it."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible_collections.gpufleet.llm.plugins.plugin_utils import quick
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = sorted(path.stem for path in (ROOT / "plugins/action").glob("*.py") if "QuickAction" in path.read_text())
+SECRET = "s3cret-s3cret-s3cret-s3cret-s3cret"
+
+
+def on_host(name: str, change: tuple[str, str] = ("", ""), **arguments: Any) -> tuple[int, dict[str, Any]]:
+    """Run a module as the host's Python would."""
+    text = quick.program(name, arguments, "Invoked", check_mode=False, diff=False).decode().replace(*change, 1)
+    done = subprocess.run([sys.executable, "-I", "-"], input=text, capture_output=True, text=True, check=False)
+    return done.returncode, quick.understood(
+        name, {"rc": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
+    )
+
+
+class Play:
+    """Runs one task on this machine, the quick way or Ansible's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def run(self, name: str, arguments: dict[str, Any], *options: str, ordinary: bool = False, **keywords: Any) -> Any:
+        """The result of the task; how it was run is told by the wrapper that Ansible puts around a module."""
+        task = {f"gpufleet.llm.{name}": arguments, "register": "result", "ignore_errors": True, **keywords}
+        variables = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
+        play = {"hosts": "all", "gather_facts": False, "vars": variables, "tasks": [task, {
+            "ansible.builtin.copy": {"content": "{{ result | to_json }}", "dest": str(self.path / "result.json")},
+            "check_mode": False, "diff": False}]}  # fmt: skip
+        (self.path / "play.yml").write_text(yaml.safe_dump([play], sort_keys=False))
+        environment = {
+            **os.environ,
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            "ANSIBLE_PIPELINING": str(not ordinary),
+            "ANSIBLE_DEBUG": "0",
+        }
+        command = [
+            str(Path(sys.executable).parent / "ansible-playbook"),
+            "-i",
+            "here,",
+            str(self.path / "play.yml"),
+            *options,
+        ]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        self.told = done.stdout + done.stderr
+        return json.loads((self.path / "result.json").read_text())
+
+    def both(self, name: str, arguments: dict[str, Any], *options: str, **keywords: Any) -> Any:
+        """The result, which is the same both ways."""
+        results = [self.run(name, arguments, *options, ordinary=ordinary, **keywords) for ordinary in (True, False)]
+        for result in results:
+            result.pop("invocation", None)
+        assert results[0] == results[1]
+        return results[1]
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Play:
+    return Play(tmp_path)
+
+
+@pytest.fixture
+def echo() -> Iterator[str]:
+    """A server that says which key it was asked with, as none should."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = f"no: {self.headers['Authorization']}".encode()
+            self.send_response(403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_quick_module_needs_nothing_of_ansible(name: str) -> None:
+    assert f"{quick.COLLECTION}.modules.{name}" in quick.texts(name)
+
+
+def test_what_needs_ansible_itself_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"needs Ansible itself: from ansible.*open_url"):
+        quick.texts("wheel_program")
+
+
+def test_everything_that_a_module_imports_comes_along() -> None:
+    names = {name.rpartition(".")[2] for name in quick.texts("vllm_preflight")}
+    assert {"vllm_preflight", "generations", "vllm", "vllm_host"} <= names
+
+
+def test_a_success_a_failure_and_a_crash() -> None:
+    status, result = on_host("host_facts", gather=["system"], paths=[])
+    assert status == 0
+    assert result["ansible_facts"]["gpufleet"]["kernel"] == os.uname().release
+    status, result = on_host("host_lease", state="held", holder={"no": "holder"}, instead_of="")
+    assert status == 1
+    assert result["failed"]
+    status, result = on_host("host_facts", ("module.exit_json(", "module.exit_jsonn("), gather=[], paths=[])
+    assert result["failed"]
+    assert "has no attribute 'exit_jsonn'" in result["msg"]
+
+
+def test_an_old_python_is_named() -> None:
+    status, result = on_host("host_facts", ("OLDEST = (3, 9)", "OLDEST = (9, 9)"), gather=[], paths=[])
+    assert status == 1
+    assert "these roles need 9.9 or newer; set ansible_python_interpreter" in result["msg"]
+
+
+def test_a_host_that_says_nothing() -> None:
+    assert quick.understood("x", {"rc": 127, "stdout": "", "stderr": "sh: 1: python3: not found\n"})["msg"] == (
+        "x failed on the host: sh: 1: python3: not found"
+    )
+    assert "ended with 137" in quick.understood("x", {"rc": 137, "stdout": "", "stderr": ""})["msg"]
+    assert quick.understood("x", {"rc": 0, "stdout": 'motd [1]\n{"changed": false}', "stderr": ""}) == {
+        "changed": False
+    }
+
+
+def test_the_journal_gets_no_contents_of_lists() -> None:
+    assert (
+        quick.summary({"path": "/x", "instances": [{"TOKEN": SECRET}], "gone": {}}) == "path=/x instances=(1) gone=(0)"
+    )
+
+
+def test_both_ways_give_the_same_result(play: Play, tmp_path: Path) -> None:
+    sections = ["system", "users", "paths"]
+    facts = play.both("host_facts", {"gather": sections, "paths": [str(ROOT / "galaxy.yml")]})["ansible_facts"][
+        "gpufleet"
+    ]
+    assert facts["users"]["root"] == 0
+    missing = {"path": str(tmp_path / "store"), "user": "nobody-at-all", "models": [{"name": "m", "source": "url"}]}
+    assert play.both("model_store", missing)["missing"] == ["m"]
+    assert play.both("model_store", missing, "--check")["changed"]
+
+
+def test_a_mistake_is_told_in_the_same_words(play: Play) -> None:
+    result = play.run("host_facts", {"gather": ["everything"]})
+    assert result["failed"]
+    assert "value of gather must be one or more of" in result["msg"]
+    assert "everything" in result["msg"]
+    assert "Unsupported parameters" in play.run("host_facts", {"gathr": []})["msg"]
+
+
+def test_a_secret_in_an_answer_is_blackened(play: Play, echo: str) -> None:
+    instance = {"name": "chat", "url": echo, "model": "m"}
+    result = play.run("completion_gate", {"instances": [instance], "api_key": SECRET, "timeout": 1}, "-vvv")
+    assert "no: Bearer ********" in result["msg"]
+    assert SECRET not in play.told.replace(f"api_key: {SECRET}", "")
+
+
+def test_what_the_quick_way_cannot_do_is_done_by_ansible(play: Play) -> None:
+    def ordinarily(arguments: dict[str, Any], **keywords: Any) -> bool:
+        play.run("host_facts", arguments, "-vvv", **keywords)
+        return "modules/host_facts.py" in play.told
+
+    assert not ordinarily({"gather": ["paths"], "paths": ["/x"]})
+    assert ordinarily({"gather": ["paths"], "paths": ["~/x"]})  # whose home is for the host to say
+    assert ordinarily({"gather": ["paths"], "paths": ["/x"]}, environment={"A": "b"})
+    assert ordinarily({"gather": ["paths"], "paths": ["/x"]}, vars={"ansible_python_interpreter": "auto_silent"})
+    assert ordinarily({"gather": ["paths"], "paths": ["/x"]}, vars={"ansible_pipelining": False})
