@@ -44,8 +44,8 @@ ENVIRONMENT = {
 KEEP = os.environ.get("E2E_KEEP", "") == "1"
 # Modules run as `/usr/bin/python3` that reads its program from its input.
 KILL_MODULES = (
-    "for process in /proc/[0-9]*; do"
-    " [ \"$(tr '\\0' ' ' <$process/cmdline 2>/dev/null)\" = '/usr/bin/python3 ' ] && kill -9 ${process#/proc/}; done; true"
+    "for process in /proc/[0-9]*; do case \"$(tr '\\0' ' ' <$process/cmdline 2>/dev/null)\" in"
+    " '/usr/bin/python3 '|'/usr/bin/python3 -I - ') kill -9 ${process#/proc/};; esac; done; true"
 )
 # What a run keeps beside its files while it works.
 LEFTOVERS = (
