@@ -30,45 +30,35 @@ def on_host(name: str, change: tuple[str, str] = ("", ""), **arguments: Any) -> 
     )
 
 
+Task = tuple[str, dict[str, Any], dict[str, Any]]  # module, arguments, keywords of the task
+
+
 class Play:
-    """Runs one task on this machine, the quick way or Ansible's."""
+    """Runs tasks on this machine, the quick way or Ansible's."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def run(self, name: str, arguments: dict[str, Any], *options: str, ordinary: bool = False, **keywords: Any) -> Any:
-        """The result of the task; how it was run is told by the wrapper that Ansible puts around a module."""
-        task = {f"gpufleet.llm.{name}": arguments, "register": "result", "ignore_errors": True, **keywords}
+    def run(self, *tasks: Task, options: tuple[str, ...] = (), ordinary: bool = False) -> list[dict[str, Any]]:
+        """The results of the tasks. What was printed about each is in `told`."""
+        listed: list[dict[str, Any]] = []
+        for number, (name, arguments, keywords) in enumerate(tasks):
+            listed += [
+                {f"gpufleet.llm.{name}": arguments, "register": "result", "ignore_errors": True, **keywords},
+                {"ansible.builtin.copy": {"content": "{{ result | to_json }}", "dest": str(self.path / f"{number}.json")},
+                 "check_mode": False, "diff": False, "no_log": True},
+            ]  # fmt: skip
         variables = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
-        play = {"hosts": "all", "gather_facts": False, "vars": variables, "tasks": [task, {
-            "ansible.builtin.copy": {"content": "{{ result | to_json }}", "dest": str(self.path / "result.json")},
-            "check_mode": False, "diff": False}]}  # fmt: skip
-        (self.path / "play.yml").write_text(yaml.safe_dump([play], sort_keys=False))
-        environment = {
-            **os.environ,
-            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
-            "ANSIBLE_PIPELINING": str(not ordinary),
-            "ANSIBLE_DEBUG": "0",
-        }
-        command = [
-            str(Path(sys.executable).parent / "ansible-playbook"),
-            "-i",
-            "here,",
-            str(self.path / "play.yml"),
-            *options,
-        ]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        play = [{"hosts": "all", "gather_facts": False, "vars": variables, "tasks": listed}]
+        (self.path / "play.yml").write_text(yaml.safe_dump(play, sort_keys=False))
+        done = subprocess.run(
+            [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "here,", str(self.path / "play.yml"), *options],
+            env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_PIPELINING": str(not ordinary)},
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        self.told = done.stdout + done.stderr
-        return json.loads((self.path / "result.json").read_text())
-
-    def both(self, name: str, arguments: dict[str, Any], *options: str, **keywords: Any) -> Any:
-        """The result, which is the same both ways."""
-        results = [self.run(name, arguments, *options, ordinary=ordinary, **keywords) for ordinary in (True, False)]
-        for result in results:
-            result.pop("invocation", None)
-        assert results[0] == results[1]
-        return results[1]
+        self.told = (done.stdout + done.stderr).split("TASK [gpufleet")[1:]
+        return [json.loads((self.path / f"{number}.json").read_text()) for number in range(len(tasks))]
 
 
 @pytest.fixture
@@ -146,39 +136,45 @@ def test_the_journal_gets_no_contents_of_lists() -> None:
     )
 
 
-def test_both_ways_give_the_same_result(play: Play, tmp_path: Path) -> None:
-    sections = ["system", "users", "paths"]
-    facts = play.both("host_facts", {"gather": sections, "paths": [str(ROOT / "galaxy.yml")]})["ansible_facts"][
-        "gpufleet"
-    ]
-    assert facts["users"]["root"] == 0
-    missing = {"path": str(tmp_path / "store"), "user": "nobody-at-all", "models": [{"name": "m", "source": "url"}]}
-    assert play.both("model_store", missing)["missing"] == ["m"]
-    assert play.both("model_store", missing, "--check")["changed"]
+@pytest.mark.parametrize("options", [(), ("--check",)], ids=["run", "check"])
+def test_both_ways_give_the_same_result(play: Play, tmp_path: Path, options: tuple[str, ...]) -> None:
+    facts = {"gather": ["system", "users", "paths"], "paths": [str(ROOT / "galaxy.yml")]}
+    model = {"name": "m", "source": "url", "directory": "m-1"}
+    store = {"path": str(tmp_path / "store"), "user": "nobody-at-all", "models": [model]}
+    pair = {"directory": str(tmp_path)}
+    tasks: list[Task] = [("host_facts", facts, {}), ("model_store", store, {}), ("certificate_pair", pair, {})]
+    ways = [play.run(*tasks, options=options, ordinary=ordinary) for ordinary in (True, False)]
+    for result in ways[0]:
+        result.pop("invocation", None)
+    assert ways[0] == ways[1]
+    assert ways[1][0]["ansible_facts"]["gpufleet"]["users"]["root"] == 0
+    assert ways[1][1]["missing"] == ["m"]
+    assert ways[1][1]["changed"] == bool(options)
+    assert ways[1][2]["reason"] == "there is no fullchain.pem"
 
 
-def test_a_mistake_is_told_in_the_same_words(play: Play) -> None:
-    result = play.run("host_facts", {"gather": ["everything"]})
-    assert result["failed"]
-    assert "value of gather must be one or more of" in result["msg"]
-    assert "everything" in result["msg"]
-    assert "Unsupported parameters" in play.run("host_facts", {"gathr": []})["msg"]
-
-
-def test_a_secret_in_an_answer_is_blackened(play: Play, echo: str) -> None:
-    instance = {"name": "chat", "url": echo, "model": "m"}
-    result = play.run("completion_gate", {"instances": [instance], "api_key": SECRET, "timeout": 1}, "-vvv")
-    assert "no: Bearer ********" in result["msg"]
-    assert SECRET not in play.told.replace(f"api_key: {SECRET}", "")
+def test_a_mistake_is_told_in_the_same_words_and_a_secret_in_an_answer_is_blackened(play: Play, echo: str) -> None:
+    gate = {"instances": [{"name": "chat", "url": echo, "model": "m"}], "api_key": SECRET, "timeout": 1}
+    wrong, unknown, answer = play.run(
+        ("host_facts", {"gather": ["everything"]}, {}), ("host_facts", {"gathr": []}, {}), ("completion_gate", gate, {})
+    )
+    assert wrong["failed"]
+    assert "value of gather must be one or more of" in wrong["msg"]
+    assert "everything" in wrong["msg"]
+    assert "Unsupported parameters" in unknown["msg"]
+    assert "no: Bearer ********" in answer["msg"]
+    assert SECRET not in play.told[2]
 
 
 def test_what_the_quick_way_cannot_do_is_done_by_ansible(play: Play) -> None:
-    def ordinarily(arguments: dict[str, Any], **keywords: Any) -> bool:
-        play.run("host_facts", arguments, "-vvv", **keywords)
-        return "modules/host_facts.py" in play.told
-
-    assert not ordinarily({"gather": ["paths"], "paths": ["/x"]})
-    assert ordinarily({"gather": ["paths"], "paths": ["~/x"]})  # whose home is for the host to say
-    assert ordinarily({"gather": ["paths"], "paths": ["/x"]}, environment={"A": "b"})
-    assert ordinarily({"gather": ["paths"], "paths": ["/x"]}, vars={"ansible_python_interpreter": "auto_silent"})
-    assert ordinarily({"gather": ["paths"], "paths": ["/x"]}, vars={"ansible_pipelining": False})
+    look = {"gather": ["paths"], "paths": ["/x"]}
+    home = {"gather": ["paths"], "paths": ["~/x"]}  # whose home is for the host to say
+    play.run(
+        ("host_facts", look, {}),
+        ("host_facts", home, {}),
+        ("host_facts", look, {"environment": {"A": "b"}}),
+        ("host_facts", look, {"vars": {"ansible_pipelining": False}}),
+        ("host_facts", look, {"vars": {"ansible_python_interpreter": "auto_silent"}}),
+        options=("-vvv",),
+    )
+    assert ["modules/host_facts.py" in told for told in play.told] == [False, True, True, True, True]
