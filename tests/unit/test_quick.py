@@ -51,9 +51,15 @@ class Play:
         variables = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
         play = [{"hosts": "all", "gather_facts": False, "vars": variables, "tasks": listed}]
         (self.path / "play.yml").write_text(yaml.safe_dump(play, sort_keys=False))
+        environment = {
+            **os.environ,
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            "ANSIBLE_PIPELINING": str(not ordinary),
+            "ANSIBLE_DISPLAY_SKIPPED_HOSTS": "1",  # else the name of a task comes after what is told about it
+        }
         done = subprocess.run(
             [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "here,", str(self.path / "play.yml"), *options],
-            env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_PIPELINING": str(not ordinary)},
+            env=environment,
             cwd=ROOT, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
