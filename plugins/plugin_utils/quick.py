@@ -119,6 +119,7 @@ class QuickAction(ActionBase):  # type: ignore[misc]
         secrets = checked._no_log_values
         values = checked.validated_parameters
         log = remove_values(f"Invoked with {summary(values)}", secrets)
+        self._display.vvv(f"Using module file {module.__file__} as it is", host=variables.get("inventory_hostname"))
         text = program(name, values, log, bool(self._task.check_mode), bool(self._task.diff))
         answer = self._low_level_execute_command(f"{interpreter} -I -", in_data=text)
         return dict(remove_values(understood(name, answer), secrets))

@@ -183,4 +183,5 @@ def test_what_the_quick_way_cannot_do_is_done_by_ansible(play: Play) -> None:
         ("host_facts", look, {"vars": {"ansible_python_interpreter": "auto_silent"}}),
         options=("-vvv",),
     )
-    assert ["modules/host_facts.py" in told for told in play.told] == [False, True, True, True, True]
+    assert ["modules/host_facts.py as it is" in told for told in play.told] == [True, False, False, False, False]
+    assert ["modules/host_facts.py\n" in told for told in play.told] == [False, True, True, True, True]
