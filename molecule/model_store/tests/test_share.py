@@ -151,7 +151,7 @@ def test_a_run_that_is_killed_leaves_no_server_and_no_secret(both: list[Host], t
     models = [hub("orphan")]
     store([first], models, **SHARE)
     forget(*both)
-    command = role_command(both, "model_store", "-vvv", model_store_models=models, __model_store_share_idle=3, **SHARE)
+    command = role_command(both, "model_store", "-vvv", model_store_models=models, __model_store_share_idle=10, **SHARE)
     printed = tmp_path / "printed"
     with printed.open("w") as output:
         running = subprocess.Popen(
@@ -183,7 +183,7 @@ def test_a_run_that_is_killed_leaves_no_server_and_no_secret(both: list[Host], t
     assert secret not in printed.read_text()
     # the copy goes on, and then both units end by themselves
     for host, unit in ((second, "model-download-orphan"), (first, "model-share")):
-        until(partial(has_ended, host, unit), 60, f"{unit} goes on")
+        until(partial(has_ended, host, unit), 90, f"{unit} goes on")
     assert f":{PORT} " not in first.check_output("ss -ltn")
     for host in both:
         assert secret not in host.check_output("journalctl --no-pager --quiet --output=verbose")
