@@ -162,6 +162,11 @@ def telling_lines(journal: str, limit: int = 12) -> list[str]:
     return list(chosen)[-limit:] or [line[:400] for line in lines[-limit:]]
 
 
+def is_queued(state: dict[str, str]) -> bool:
+    """Whether a start or a restart of a unit is still to come."""
+    return bool(int(state.get("Job") or 0))
+
+
 class Gate:
     """Waits for instances with one deadline for all of them."""
 
@@ -171,7 +176,7 @@ class Gate:
         self.started = time.time()
 
     def unit_state(self, unit: str) -> dict[str, str]:
-        """State and number of restarts of a unit."""
+        """State and number of restarts of a unit; nothing when systemd is too busy to tell."""
         _status, output, _error = self.module.run_command(
             ["systemctl", "show", unit, "--property=ActiveState,NRestarts,Result,Job"]
         )
@@ -196,7 +201,7 @@ class Gate:
                 state = self.unit_state(unit)
                 # While a restart is queued the old process still answers, then the unit is inactive for a moment, and its
                 # count of restarts begins anew: none of this says anything about what comes.
-                if int(state.get("Job") or 0) and time.monotonic() + PAUSE_SECONDS < self.deadline:
+                if (not state or is_queued(state)) and time.monotonic() + PAUSE_SECONDS < self.deadline:
                     time.sleep(PAUSE_SECONDS)
                     continue
                 restarts = state.get("NRestarts", "0")
@@ -208,7 +213,11 @@ class Gate:
                 return {"name": instance["name"], "seconds": round(time.monotonic() - begun, 1)}
             if unit:
                 state = self.unit_state(unit)
-                if state.get("ActiveState") in ("failed", "inactive") or state.get("NRestarts", "0") != restarts:
+                if (
+                    state
+                    and not is_queued(state)
+                    and (state.get("ActiveState") in ("failed", "inactive") or state.get("NRestarts", "0") != restarts)
+                ):
                     reason = f"{unit} died ({state.get('Result') or state.get('ActiveState')})"
                     break
             if time.monotonic() + PAUSE_SECONDS >= self.deadline:

@@ -181,6 +181,39 @@ def test_a_queued_restart_is_waited_for(upstream: Any, monkeypatch: pytest.Monke
     assert asked == [1]
 
 
+def test_a_unit_is_not_dead_while_its_restart_is_queued_or_systemd_says_nothing(
+    upstream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy host: the restart is seen only after the old process was asked, and systemctl is not answered in time."""
+    answers = [(500, "draining"), (500, "draining"), (500, "draining"), (200, '{"choices": [{"text": "x"}]}')]
+    states: list[dict[str, str]] = [
+        {},
+        {"ActiveState": "active", "NRestarts": "3"},
+        {"Job": "7", "ActiveState": "inactive", "NRestarts": "0", "Result": "success"},
+        {},
+        {"ActiveState": "active", "NRestarts": "3"},
+    ]
+    upstream.answer = staticmethod(lambda _body, _key: answers.pop(0))
+    gate = completion_gate.Gate(FakeModule(Path("/nowhere"), timeout=30, request_timeout=5, api_key="k"))
+    monkeypatch.setattr(completion_gate, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(gate, "unit_state", lambda _unit: states.pop(0))
+    assert gate.wait(instance(upstream.url, unit="vllm@chat.service")).get("seconds") is not None
+    assert states == []
+
+
+def test_a_unit_that_died_is_told(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [
+        {"ActiveState": "active", "NRestarts": "0"},
+        {"ActiveState": "activating", "NRestarts": "1", "Result": "exit-code"},
+    ]
+    upstream.answer = staticmethod(lambda _body, _key: (500, "starting"))
+    gate = completion_gate.Gate(FakeModule(Path("/nowhere"), timeout=30, request_timeout=5, api_key="k"))
+    monkeypatch.setattr(completion_gate, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(gate, "unit_state", lambda _unit: states.pop(0))
+    monkeypatch.setattr(gate, "journal", lambda _unit: [])
+    assert gate.wait(instance(upstream.url, unit="vllm@chat.service"))["reason"] == "vllm@chat.service died (exit-code)"
+
+
 class FakeModule:
     """Stands in for AnsibleModule: records commands instead of running systemctl."""
 
