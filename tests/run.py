@@ -40,6 +40,7 @@ LONGEST_FIRST = [
 ]
 TAIL = 60  # lines of a failing job's log
 COUNT = re.compile(r"(\d+) (passed|failed|error|errors)\b")
+FAILED = re.compile(r"^(?:FAILED|ERROR) \S.*$", re.MULTILINE)  # pytest's short summary
 ENVIRONMENT = {
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     "MOLECULE_GLOB": "molecule/*/molecule.yml",
@@ -49,6 +50,7 @@ ENVIRONMENT = {
     "ANSIBLE_FORCE_COLOR": "0",
     "MOLECULE_SCENARIO_NAME": "lint",  # molecule sets its own; a syntax check of its playbooks needs one
     "NO_COLOR": "1",
+    "CI": "true",  # pytest then shortens nothing in its summary
 }
 
 
@@ -179,6 +181,9 @@ class Runner:
         bad = [job for job in self.jobs if job.status != "ok"]
         if bad:
             print(f"\nnot ok: {', '.join(job.name for job in bad)}; the logs are in {LOGS.relative_to(ROOT)}/")
+            for job in bad:
+                for line in FAILED.findall(job.log.read_text(errors="replace") if job.log.exists() else ""):
+                    print(f"  {line[:600]}")
         passed = sum(job.passed for job in self.jobs)
         failed = sum(job.failed or (1 if job.status != "ok" else 0) for job in self.jobs)
         print(f"\n{passed} passed, {failed} failed", flush=True)
