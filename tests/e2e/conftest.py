@@ -42,7 +42,7 @@ ENVIRONMENT = {
     "ANSIBLE_FORCE_COLOR": "0",
 }
 KEEP = os.environ.get("E2E_KEEP", "") == "1"
-# Modules run as `/usr/bin/python3` that reads its program from its input.
+# Modules run as `/usr/bin/python3`, or quickly as `/usr/bin/python3 -I -`, that reads its program from its input.
 KILL_MODULES = (
     "for process in /proc/[0-9]*; do case \"$(tr '\\0' ' ' <$process/cmdline 2>/dev/null)\" in"
     " '/usr/bin/python3 '|'/usr/bin/python3 -I - ') kill -9 ${process#/proc/};; esac; done; true"
@@ -203,13 +203,18 @@ class Fleet:
         """Ask the gateway for one token."""
         return self.ask("POST", "/v1/completions", key=key or self.key, body=self.prompt(), timeout=timeout)
 
-    def stream(self, tokens: int, key: str | None = None) -> Iterator[float]:
-        """Ask for a streamed answer; yields the moment at which each piece came. An error of the stream is raised."""
+    def stream(self, tokens: int, key: str | None = None) -> Iterator[int]:
+        """Ask for a streamed answer; yields with each piece the tokens so far, which a busy server joins. An error of the stream is raised."""
         with self.client(key).completions.create(
-            model=self.model, prompt="Count: one, two,", max_tokens=tokens, stream=True, extra_body={"ignore_eos": True}
+            model=self.model,
+            prompt="Count: one, two,",
+            max_tokens=tokens,
+            stream=True,
+            extra_body={"ignore_eos": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
         ) as pieces:
-            for _piece in pieces:
-                yield time.monotonic()
+            for piece in pieces:
+                assert piece.usage, "every piece tells the tokens so far"
+                yield piece.usage.completion_tokens
 
     def backend(self, worker: str) -> str:
         """Address and port of a host's vLLM, as the gateway's log names it."""

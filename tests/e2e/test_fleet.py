@@ -390,7 +390,7 @@ def test_too_many_streams_of_one_client_do_not_touch_another(fleet: Fleet) -> No
     assert second.json()["error"]["code"] == "rate_limit_exceeded"
     assert int(second.headers["retry-after"]) >= 1
     assert fleet.complete().status == 200
-    assert sum(1 for _ in stream) >= 299
+    assert list(stream)[-1] == 300
     assert fleet.complete(NARROW_KEY).status == 200
 
 
@@ -471,14 +471,14 @@ def test_a_killed_engine_ends_its_stream_and_comes_back(fleet: Fleet) -> None:
     ends: list[float] = []
 
     def follow(stream: object) -> tuple[int, str]:
-        pieces = 0
+        tokens = 0
         try:
-            for _ in stream:  # type: ignore[attr-defined]
-                pieces += 1
+            for tokens in stream:  # type: ignore[attr-defined]  # noqa: B007
+                pass
         except Exception as error:  # whatever it is, it has to be an error and not silence
             ends.append(time.monotonic())
-            return pieces, f"{type(error).__name__}: {error}"
-        return pieces, ""
+            return tokens, f"{type(error).__name__}: {error}"
+        return tokens, ""
 
     streams = [fleet.stream(400), fleet.stream(400)]
     for stream in streams:
@@ -498,9 +498,7 @@ def test_a_killed_engine_ends_its_stream_and_comes_back(fleet: Fleet) -> None:
     assert len(broken) == 1 and len(whole) == 1, outcomes
     FIGURES["kill -9 of an engine: its stream"] = f"{broken[0][1]} (after {ends[0] - killed:.1f} s)"
     assert ends[0] - killed < 60
-    # a piece is a token, or several when the server is busy
-    assert broken[0][0] < 399, outcomes
-    assert whole[0][0] > 300, outcomes
+    assert broken[0][0] < 400 == whole[0][0], outcomes
     assert int(on(worker, f"systemctl show --property NRestarts --value {UNIT}")) == restarts + 1
     assert back < 420
     good = Counter(line["upstream_addr"] for line in fleet.log(before) if line["status"] == "200")
