@@ -11,9 +11,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from ansible.plugins.action import ActionBase
 from ansible_collections.gpufleet.llm.plugins.module_utils.lease import Holder, holder
-from ansible_collections.gpufleet.llm.plugins.plugin_utils.quick import QuickAction
+from ansible_collections.gpufleet.llm.plugins.plugin_utils.quick import QuickCalls
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "state": {"type": "str", "choices": ["held", "released"], "default": "held"},
@@ -54,12 +53,12 @@ def is_over(other: Holder) -> bool:
     return bool(other.place) and other.place == place() and run_name(other.pid, other.place) != other.run
 
 
-class ActionModule(QuickAction):
+class ActionModule(QuickCalls):
     """See the module's documentation."""
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Take the lease; when somebody else has it, see whether that run can be over."""
-        result: dict[str, Any] = ActionBase.run(self, tmp, task_vars)
+        result: dict[str, Any] = super().run(tmp, task_vars)
         _, arguments = self.validate_argument_spec(ARGUMENTS)
         if self._task.check_mode:
             return {**result, "changed": False, "skipped": True}

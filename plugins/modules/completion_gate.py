@@ -162,9 +162,9 @@ def telling_lines(journal: str, limit: int = 12) -> list[str]:
     return list(chosen)[-limit:] or [line[:400] for line in lines[-limit:]]
 
 
-def is_queued(state: dict[str, str]) -> bool:
-    """Whether a start or a restart of a unit is still to come."""
-    return bool(int(state.get("Job") or 0))
+def is_open(state: dict[str, str]) -> bool:
+    """Whether the state of a unit says nothing yet: systemd did not tell it, or a start or restart is still to come."""
+    return not state or bool(int(state.get("Job") or 0))
 
 
 class Gate:
@@ -201,7 +201,7 @@ class Gate:
                 state = self.unit_state(unit)
                 # While a restart is queued the old process still answers, then the unit is inactive for a moment, and its
                 # count of restarts begins anew: none of this says anything about what comes.
-                if (not state or is_queued(state)) and time.monotonic() + PAUSE_SECONDS < self.deadline:
+                if is_open(state) and time.monotonic() + PAUSE_SECONDS < self.deadline:
                     time.sleep(PAUSE_SECONDS)
                     continue
                 restarts = state.get("NRestarts", "0")
@@ -213,10 +213,8 @@ class Gate:
                 return {"name": instance["name"], "seconds": round(time.monotonic() - begun, 1)}
             if unit:
                 state = self.unit_state(unit)
-                if (
-                    state
-                    and not is_queued(state)
-                    and (state.get("ActiveState") in ("failed", "inactive") or state.get("NRestarts", "0") != restarts)
+                if not is_open(state) and (
+                    state.get("ActiveState") in ("failed", "inactive") or state.get("NRestarts", "0") != restarts
                 ):
                     reason = f"{unit} died ({state.get('Result') or state.get('ActiveState')})"
                     break

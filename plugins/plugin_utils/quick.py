@@ -12,7 +12,6 @@ checked here by Ansible's own code. Where this cannot be done, they are run as a
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import json
 import re
@@ -37,7 +36,6 @@ FOREIGN = re.compile(
 INTERPRETER = re.compile(r"/[\w.+/-]+")
 
 
-@functools.cache
 def texts(name: str) -> dict[str, str]:
     """A module and everything of this collection that it imports: full name to text."""
     found: dict[str, str] = {}
@@ -101,13 +99,8 @@ def understood(name: str, answer: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class QuickAction(ActionBase):  # type: ignore[misc]
-    """The action of a module that is run this way. The module states its arguments as `ARGUMENTS`, and further rules as `RULES`."""
-
-    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Run the module that has the name of the action."""
-        result: dict[str, Any] = super().run(tmp, task_vars)
-        return {**result, **self.quick(self._task.action.rpartition(".")[2], self._task.args, task_vars or {})}
+class QuickCalls(ActionBase):  # type: ignore[misc]
+    """For actions that run modules this way. A module states its arguments as `ARGUMENTS`, and further rules as `RULES`."""
 
     def quick(self, name: str, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Run a module of this collection. Returns its result."""
@@ -147,3 +140,12 @@ class QuickAction(ActionBase):  # type: ignore[misc]
         if value.startswith("auto"):
             value = str(variables.get("ansible_facts", {}).get("discovered_interpreter_python", ""))
         return value if INTERPRETER.fullmatch(value) else ""
+
+
+class QuickAction(QuickCalls):
+    """The whole action of a module that is run this way."""
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Run the module that has the name of the action."""
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        return {**result, **self.quick(self._task.action.rpartition(".")[2], self._task.args, task_vars or {})}

@@ -1,6 +1,6 @@
 """What a second run costs that changes nothing: this collection, ordinary tasks and pyinfra on the same fleet, in turns.
 
-    python -m tests.bench.noop [--hosts 1 2 4 8] [--repeats 3] [--ways fleet ordinary pyinfra]
+    python -m tests.bench.noop [--hosts 1 2 4 8] [--repeats 3] [--ways fleet unproved ordinary pyinfra]
 
 Uses the running demo fleet and nothing else: `make demo DEMO_HOSTS=8` starts one that is large enough for all sizes. A size is the number
 of inference hosts; the gateway is always there too, and smaller sizes are runs with --limit.

@@ -17,7 +17,7 @@ import yaml
 from ansible_collections.gpufleet.llm.plugins.plugin_utils import quick
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = sorted(path.stem for path in (ROOT / "plugins/action").glob("*.py") if "QuickAction" in path.read_text())
+QUICK = sorted(path.stem for path in (ROOT / "plugins/action").glob("*.py") if "plugin_utils.quick" in path.read_text())
 SECRET = "s3cret-s3cret-s3cret-s3cret-s3cret"
 
 
