@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path("/")
+HELD_UPDATES = Path("/var/lib/vllm-fleet/held-updates.json")
 PROGRAM_RECORDS = Path("/usr/local/lib/wheel_program")
 PROC = Path("/proc")
 DISTRIBUTIONS = {"debian": "Debian", "ubuntu": "Ubuntu"}  # as the facts of ansible.builtin.setup spell them
@@ -321,6 +322,25 @@ def units(loaded: str, root: Path = ROOT) -> dict[str, dict[str, str]]:
         does = active.get(name) or active.get(files.target(name) if state == "alias" else "", "inactive")
         found[name] = {"active": does, "enabled": state}
     return found
+
+
+def members(text: str) -> dict[str, list[str]]:
+    """The users that a group file names for each group that has any."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        fields = line.split(":")
+        if len(fields) >= 4 and fields[3]:
+            found.setdefault(fields[0], fields[3].split(","))
+    return found
+
+
+def held_updates(file: Path = HELD_UPDATES) -> dict[str, dict[str, Any]]:
+    """Security updates that wait, as the role base has them noted; none when it does not."""
+    try:
+        noted = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
 
 
 def ids(text: str) -> dict[str, int]:

@@ -140,6 +140,12 @@ ansible_facts:
         lists_age_seconds:
           description: Seconds since the package lists were fetched, null when there are none. Section V(packages).
           type: int
+        held_updates:
+          description:
+            - Security updates that wait, because unattended upgrades may not install them, each with C(version) and C(since) (seconds of
+              the epoch), as the role P(gpufleet.llm.base#role) has them noted. Section V(packages).
+          type: dict
+          sample: {linux-image-generic: {version: 6.8.0.90.92, since: 1795272090}}
         units:
           description:
             - Services, timers, sockets and mounts that are loaded or have a file, instances of templates among them, each with C(active)
@@ -155,6 +161,10 @@ ansible_facts:
           description: Numbers of the local groups, by name. Section V(users).
           type: dict
           sample: {root: 0}
+        group_members:
+          description: The users that the local groups name, by the name of the group. Section V(users).
+          type: dict
+          sample: {sudo: [alice]}
         ports:
           description: TCP sockets that listen. Section V(ports).
           type: list
@@ -335,8 +345,11 @@ def main() -> None:
         facts.update(host.system(), python=python_version())
     if "packages" in gather:
         facts.update(packages=host.packages(), lists_age_seconds=host.lists_age(), programs=host.programs())
+        facts["held_updates"] = host.held_updates()
     if "users" in gather:
-        facts.update(users=host.ids(host.read(Path("/etc/passwd"))), groups=host.ids(host.read(Path("/etc/group"))))
+        group_file = host.read(Path("/etc/group"))
+        facts.update(users=host.ids(host.read(Path("/etc/passwd"))), groups=host.ids(group_file))
+        facts["group_members"] = host.members(group_file)
     if "ports" in gather:
         facts["ports"] = host.ports()
     if "mounts" in gather:

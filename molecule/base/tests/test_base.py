@@ -99,3 +99,159 @@ def test_a_file_that_somebody_changed_is_put_right(host: Host) -> None:
     host.check_output(f"touch -r {file} /tmp/time && sed -i s/time/emit/ {file} && touch -r /tmp/time {file}")
     assert changed(applied(host, "base"))
     assert host.check_output(f"cat {file}") == before
+
+
+# --- upgrades
+
+
+STAND_INS = r"""
+set -e
+mkdir -p /srv/security && cd /srv/security && rm -f ./*
+# Stand-ins for packages of the security archive: one of NVIDIA's, by its name, and an ordinary one.
+for name in nvidia-stand-in plain-stand-in; do
+  for version in 1.0 2.0; do
+    mkdir -p tree/DEBIAN
+    printf 'Package: %s\nVersion: %s\nArchitecture: all\nMaintainer: test\nDescription: stand-in\n' $name $version >tree/DEBIAN/control
+    dpkg-deb --build tree ${name}_$version.deb >/dev/null
+    rm -r tree
+  done
+  dpkg -i ${name}_1.0.deb >/dev/null
+  {
+    dpkg-deb -f ${name}_2.0.deb
+    printf 'Filename: ./%s\nSize: %s\nSHA256: %s\n\n' ${name}_2.0.deb $(stat -c %s ${name}_2.0.deb) $(sha256sum ${name}_2.0.deb | cut -d' ' -f1)
+  } >>Packages
+done
+codename=$(. /etc/os-release && echo $VERSION_CODENAME)
+printf 'Origin: Debian\nLabel: Debian-Security\nSuite: stable-security\nCodename: %s-security\nSHA256:\n %s %s Packages\n' \
+  $codename $(sha256sum Packages | cut -d' ' -f1) $(stat -c %s Packages) >Release
+echo "deb [trusted=yes] file:/srv/security ./" >/etc/apt/sources.list.d/stand-in.list
+apt-get update -q
+"""
+
+
+def test_security_updates_come_by_themselves_but_not_of_the_driver(host: Host) -> None:
+    """Really carried out by unattended-upgrade, from an archive that calls itself Debian's security archive."""
+    installed = "dpkg-query -W -f '${Package} ${Version}\\n' nvidia-stand-in plain-stand-in"
+    try:
+        done = host.run(STAND_INS)
+        assert done.rc == 0, done.stderr
+        done = host.run("unattended-upgrade -v")
+        assert done.rc == 0, done.stdout + done.stderr
+        assert host.check_output(installed).splitlines() == ["nvidia-stand-in 1.0", "plain-stand-in 2.0"]
+        # apt noted at its update what waits; the next run of the role says so, and changes nothing
+        told = applied(host, "base")
+        assert not changed(told)
+        assert "1 security updates wait" in " ".join(told.split())
+        assert "nvidia-stand-in 2.0 (since today)" in " ".join(told.split())
+    finally:
+        host.run(
+            "dpkg --purge nvidia-stand-in plain-stand-in; rm -rf /srv/security /etc/apt/sources.list.d/stand-in.list; apt-get update"
+        )
+    assert "security updates wait" not in applied(host, "base")
+
+
+def test_the_upgrades_are_switched_on(host: Host) -> None:
+    told = host.check_output("apt-config dump APT::Periodic")
+    assert 'APT::Periodic::Unattended-Upgrade "1"' in told
+    assert 'APT::Periodic::Update-Package-Lists "1"' in told
+    assert host.check_output("systemctl is-enabled apt-daily-upgrade.timer") == "enabled"
+
+
+def test_needrestart_leaves_vllm_alone(host: Host) -> None:
+    """Asked of Perl, as needrestart reads it."""
+    names = [
+        "vllm@chat.service",
+        "docker.service",
+        "containerd.service",
+        "nvidia-persistenced.service",
+        "nginx.service",
+    ]
+    program = (
+        "our %nrconf; do shift; for my $unit (@ARGV) { "
+        "print join('', grep { $unit =~ $_ && !$nrconf{override_rc}{$_} } keys %{$nrconf{override_rc}}) ? \"$unit\\n\" : '' }"
+    )
+    told = host.check_output(f"perl -e '{program}' /etc/needrestart/conf.d/50-vllm-fleet.conf {' '.join(names)}")
+    assert told.splitlines() == names[:-1]
+
+
+# --- limits
+
+
+def test_settings_of_the_network_are_in_effect_and_no_others_in_a_container(host: Host) -> None:
+    assert (
+        host.check_output("cat /proc/sys/net/core/somaxconn /proc/sys/net/ipv4/conf/all/accept_redirects") == "4096\n0"
+    )
+    assert "vm." not in host.check_output("cat /etc/sysctl.d/60-vllm-fleet.conf")
+
+
+def test_a_setting_that_does_not_take_effect_is_told(host: Host) -> None:
+    told = refused(host, "base", base_sysctl={"net.core.nosuchthing": 1})
+    assert "base_sysctl: net.core.nosuchthing (is missing) did not take effect" in told
+    applied(host, "base")
+
+
+def test_logins_leave_no_core(host: Host) -> None:
+    """Nor have they other limits in a container: whoever may not raise a limit could not log in, so none is asked for there."""
+    assert host.check_output("su - alice -s /bin/sh -c 'ulimit -c'") == "0"
+    assert "nofile" not in host.check_output("cat /etc/security/limits.d/60-vllm-fleet.conf")
+    assert host.check_output("systemctl show --property=DefaultLimitCORE") == "DefaultLimitCORE=0"
+
+
+def test_a_service_that_crashes_leaves_no_core(host: Host) -> None:
+    told = host.check_output("systemd-run --quiet --wait --pipe sh -c 'ulimit -c'")
+    assert told == "0"
+
+
+def test_tmp_is_in_memory_from_the_next_boot_on(host: Host) -> None:
+    assert host.check_output("systemctl is-enabled tmp.mount") == "enabled"
+    options = host.check_output("systemctl show tmp.mount --property=Options,What")
+    assert "nosuid" in options
+    assert "nodev" in options
+    done = host.run("systemd-analyze verify /etc/systemd/system/tmp.mount")
+    assert "tmp.mount:" not in done.stderr, done.stderr
+
+
+# --- administrators
+
+
+def test_the_administrators_have_sudo(host: Host) -> None:
+    assert "operators" in host.user("alice").groups
+    assert "(ALL : ALL) ALL" in host.check_output("sudo -l -U alice")
+    assert host.file("/etc/sudoers.d/vllm-fleet").mode == 0o440
+    applied(host, "base", base_admin_sudo_without_password=True)
+    assert "(ALL : ALL) NOPASSWD: ALL" in host.check_output("sudo -l -U alice")
+    applied(host, "base")
+
+
+def test_each_part_can_be_switched_off(host: Host) -> None:
+    off = {
+        "base_unattended_upgrades": False, "base_needrestart_exclude": False, "base_sysctl": {}, "base_limits": False,
+        "base_core_dumps": True, "base_tmp_mount": False, "base_admin_group": "", "base_admin_users": [],
+    }  # fmt: skip
+    files = (
+        "/etc/apt/apt.conf.d/52vllm-fleet /etc/needrestart/conf.d/50-vllm-fleet.conf /etc/sysctl.d/60-vllm-fleet.conf "
+        "/etc/security/limits.d/60-vllm-fleet.conf /etc/systemd/system.conf.d/50-vllm-fleet.conf /etc/systemd/system/tmp.mount "
+        "/etc/sudoers.d/vllm-fleet"
+    )
+    try:
+        applied(host, "base", **off)
+        assert not changed(applied(host, "base", **off))
+        assert host.run(f"ls {files}").stdout == ""
+        assert host.check_output("systemctl show --property=DefaultLimitCORE") != "DefaultLimitCORE=0"
+    finally:
+        applied(host, "base")
+    assert host.run(f"ls {files}").rc == 0
+    assert not changed(applied(host, "base"))
+
+
+def test_mistakes_are_told_before_any_change(host: Host) -> None:
+    told = refused(
+        host, "base", base_sysctl={"net.ipv4.ip_forward": 1}, base_unattended_upgrades_exclude=["("], base_tmp_mount_size="lots",
+        base_admin_group="Wheel!", base_limit_nofile=2000000, base_limit_nproc=12,
+    )  # fmt: skip
+    for words in (
+        "base_sysctl has net.ipv4.ip_forward", "base_unattended_upgrades_exclude has '('", "base_tmp_mount_size is lots",
+        "'Wheel!' is no name of a user or group", "base_limit_nofile is 2000000, more than the kernel allows", "base_limit_nproc",
+    ):  # fmt: skip
+        assert words in told
+    assert not changed(told)
