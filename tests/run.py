@@ -36,6 +36,7 @@ LONGEST_FIRST = [
     "molecule tls_certificate",
     "molecule vllm",
     "molecule gateway",
+    "molecule ssh_hardening",
     "molecule uv",
 ]
 TAIL = 60  # lines of a failing job's log
