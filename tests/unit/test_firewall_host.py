@@ -297,7 +297,8 @@ def test_what_stands_in_the_way() -> None:
         "again in a later run, when Ansible uses another one"
     ]
     assert found(others=["ufw", "firewalld"]) == [
-        "ufw and firewalld are active on gw1, and each of two firewalls would have to let a connection pass; with firewall_take_over: true this role switches it off "
+        "ufw and firewalld are active on gw1, and each of two firewalls would have to let a connection pass; with firewall_take_over: true "
+        "this role switches it off "
         "as soon as its own rules have been proved"
     ]
     assert found(others=["ufw"], take_over=True) == []
