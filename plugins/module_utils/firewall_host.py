@@ -300,8 +300,8 @@ def obstacles(
     if look.others and not given["take_over"]:
         names = " and ".join(look.others)
         problems.append(
-            f"{names} {'are' if len(look.others) > 1 else 'is'} active on {host}, and each of two firewalls would have to let a connection pass; with firewall_take_over: true this role switches it off "
-            "as soon as its own rules have been proved"
+            f"{names} {'are' if len(look.others) > 1 else 'is'} active on {host}, and each of two firewalls would have to let a connection "
+            "pass; with firewall_take_over: true this role switches it off as soon as its own rules have been proved"
         )
     for name in uplinks:
         if patterns := [pattern for pattern in given["container_interfaces"] if fnmatch.fnmatchcase(name, pattern)]:

@@ -16,7 +16,7 @@ description:
   - Use it after a change of a firewall or of the SSH server, before what would undo the change is switched off.
 options:
   timeout:
-    description: Seconds until the SSH server has to have answered.
+    description: Seconds until a connection has to have got in. One that is dropped or refused is tried again until then.
     type: int
     default: 15
 attributes:
