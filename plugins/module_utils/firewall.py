@@ -105,6 +105,14 @@ def instances(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) 
     return rules
 
 
+def models(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> list[Rule]:
+    """What inference hosts copy models from each other by, where they do."""
+    if host not in settings["vllm_hosts"] or not settings["model_ports"]:
+        return []
+    others = [fleet.fleet_address(hostvars, name) for name in settings["vllm_hosts"] if name != host]
+    return [Rule("models", [str(port) for port in settings["model_ports"]], others)]
+
+
 def metrics(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> list[Rule]:
     """What exporters of metrics listen on, for those who collect them."""
     return [Rule("metrics", [str(port) for port in settings["metrics_ports"]], settings["monitoring_networks"])]
@@ -120,12 +128,8 @@ def extra(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> l
 
 # Ports between the hosts of an instance that spans several will be one more of these.
 SOURCES: tuple[Callable[[fleet.HostVars, str, Mapping[str, Any]], list[Rule]], ...] = (
-    ssh,
-    gateway,
-    instances,
-    metrics,
-    extra,
-)
+    ssh, gateway, instances, models, metrics, extra,
+)  # fmt: skip
 
 
 def rules(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> list[Rule]:

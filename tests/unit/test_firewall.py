@@ -25,7 +25,7 @@ HOSTVARS: dict[str, dict[str, Any]] = {
 ANY = ["0.0.0.0/0", "::/0"]
 DEFAULTS: dict[str, Any] = {
     "admin_networks": ANY, "ssh_ports": [22], "gateways": ["gw1", "gw2"], "gateway_ports": [80, 443], "client_networks": ANY,
-    "vllm_hosts": ["gpu1", "gpu2"], "monitoring_networks": [], "metrics_ports": [9100, 9400], "allow": [],
+    "vllm_hosts": ["gpu1", "gpu2"], "model_ports": [], "monitoring_networks": [], "metrics_ports": [9100, 9400], "allow": [],
     "container_interfaces": ["docker0", "br-*"], "log_drops": False,
 }  # fmt: skip
 
@@ -61,6 +61,10 @@ WEB = "tcp dport { 80, 443 } accept"
         # SSH is where it was and where it will be, from two networks of one family
         ("gpu2", {"ssh_ports": [2222, 22], "admin_networks": ["192.0.2.7", "10.0.0.0/8"]},
          ["ip saddr { 10.0.0.0/8, 192.0.2.7 } tcp dport { 22, 2222 } accept"]),
+        # models are copied between inference hosts
+        ("gpu2", {"model_ports": [8990]}, [SSH, "ip saddr { 10.0.0.11 } tcp dport { 8990 } accept"]),
+        ("gw1", {"model_ports": [8990]}, [SSH, WEB]),
+        ("gpu2", {"model_ports": [8990], "vllm_hosts": ["gpu2"]}, [SSH]),
         # everybody of one family is nobody of the other
         ("gpu2", {"admin_networks": ["0.0.0.0/0"]}, [f"meta nfproto ipv4 {SSH}"]),
         ("gpu2", {"admin_networks": ["::/0", "10.1.0.0/16"]}, [f"ip saddr {{ 10.1.0.0/16 }} {SSH}", f"meta nfproto ipv6 {SSH}"]),
@@ -152,6 +156,11 @@ def test_an_instance_without_a_port() -> None:
     assert problem == "gpu1: the entry 'chat' of vllm_instances has no port between 1 and 65535"
     with pytest.raises(AnsibleFilterError, match="gpu1: the entry 'chat'"):
         filters.firewall_ruleset(hostvars, "gpu1", DEFAULTS)
+
+
+def test_the_port_for_models_is_that_of_the_role_model_store() -> None:
+    port = yaml.safe_load((ROOT / "roles/model_store/defaults/main.yml").read_text())["model_store_share_port"]
+    assert f"model_store_share_port | default({port})" in (ROOT / "roles/firewall/vars/main.yml").read_text()
 
 
 def test_the_filters_get_what_the_role_gives_them() -> None:
