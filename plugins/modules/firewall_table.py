@@ -138,9 +138,9 @@ ARGUMENTS: dict[str, Any] = {
     "take_over": {"type": "bool", "default": False},
 }
 FLUSHES = (
-    "nftables.service is in use on %s, and /etc/nftables.conf begins with `flush ruleset`: each time it is loaded it deletes the tables of everybody, "
-    "Docker's among them. The rules of this role are loaded again right after it, Docker's are not until Docker is restarted, and "
-    "`systemctl stop nftables` leaves the host without any. Replace `flush ruleset` by deleting the tables of that file by name."
+    "nftables.service is in use on %s, and /etc/nftables.conf begins with `flush ruleset`: each time it is loaded, and when the unit is stopped, the "
+    "tables of everybody are deleted, Docker's among them. Those of this role come right back, Docker's when it is restarted. Replace `flush ruleset` "
+    "by deleting the tables of that file by name."
 )
 
 
