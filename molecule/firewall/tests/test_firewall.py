@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -355,13 +356,64 @@ def test_the_rules_are_there_after_a_reboot_before_anything_listens(gateway: Hos
     assert not changed(applied(gateway, "firewall"))
 
 
+FORGET = (
+    "systemctl disable --now vllm-fleet-firewall && rm /etc/vllm-fleet/firewall.nft /var/lib/vllm-fleet/firewall.json"
+)
+SERVER = """
+import socket, time
+server = socket.create_server(("", 7777))
+while True:
+    client, _ = server.accept()
+    while True:
+        try:
+            client.sendall(b"x")
+        except OSError:
+            break
+        time.sleep(0.2)
+"""
+CLIENT = """
+import pathlib, socket, sys
+one = socket.create_connection((sys.argv[1], 7777), timeout=4)
+result, stop = pathlib.Path("/run/stream"), pathlib.Path("/run/stop")
+try:
+    while not stop.exists():
+        one.recv(1)
+    result.write_text("alive")
+except OSError as error:
+    result.write_text(str(error))
+"""
+
+
+def test_an_answer_that_is_streaming_survives_the_first_rules(outsider: Host, inference: Host) -> None:
+    """The kernel counts connections only while a rule asks for it: one that is older would be taken for a new one, from the other side."""
+
+    def start(host: Host, program: str, argument: str = "") -> None:
+        host.check_output(f"systemd-run --quiet --collect --unit=stream python3 -c {shlex.quote(program)} {argument}")
+
+    inference.check_output("systemctl stop vllm-fleet-firewall")
+    try:
+        start(inference, SERVER)
+        # nothing of the host asks any more: the names that Docker gives to test hosts do, too
+        outsider.check_output(f"{FORGET} && nft flush ruleset && rm -f /run/stream /run/stop")
+        start(outsider, CLIENT, address_of(inference))
+        time.sleep(1)
+        assert not outsider.file("/run/stream").exists
+        applied(outsider, "firewall")
+        time.sleep(5)
+        outsider.check_output("touch /run/stop && sleep 1")
+        assert outsider.check_output("cat /run/stream") == "alive"
+    finally:
+        inference.check_output("systemctl stop stream; systemctl start vllm-fleet-firewall")
+        reboot(outsider)
+
+
 # --- other firewalls
 
 
 def test_ufw_is_refused_and_taken_over_on_request(outsider: Host, inference: Host) -> None:
     outsider.check_output(
-        "systemctl disable --now vllm-fleet-firewall && rm -r /etc/vllm-fleet/firewall.nft /var/lib/vllm-fleet/firewall.json"
-        " && apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends ufw"
+        FORGET
+        + " && apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends ufw"
         " && ufw allow 22/tcp && ufw allow 9100/tcp && ufw --force enable"
     )
     assert "ufw is active on firewall-outsider" in refused(outsider, "firewall")
