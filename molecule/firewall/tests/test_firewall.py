@@ -431,6 +431,18 @@ def test_ufw_is_refused_and_taken_over_on_request(outsider: Host, inference: Hos
     assert not changed(applied(outsider, "firewall"))
 
 
+def test_firewalld_is_refused_and_taken_over_on_request(outsider: Host) -> None:
+    outsider.check_output(
+        "apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends firewalld"
+    )
+    assert "table inet firewalld" in outsider.check_output("nft list tables")
+    assert "firewalld is active on firewall-outsider" in refused(outsider, "firewall")
+    applied(outsider, "firewall", firewall_take_over=True)
+    assert "table inet firewalld" not in outsider.check_output("nft list tables")
+    assert outsider.run("systemctl is-enabled firewalld").stdout.strip() == "disabled"
+    assert not changed(applied(outsider, "firewall"))
+
+
 def test_the_distributions_nftables_service_cannot_take_the_rules_away(outsider: Host, inference: Host) -> None:
     """Its file begins with `flush ruleset`: the rules of this role come back right after it."""
     assert "flush ruleset" in outsider.check_output("cat /etc/nftables.conf")
