@@ -35,6 +35,7 @@ LONGEST_FIRST = [
     "molecule model_store",
     "molecule tls_certificate",
     "molecule vllm",
+    "molecule firewall",
     "molecule gateway",
     "molecule ssh_hardening",
     "molecule uv",

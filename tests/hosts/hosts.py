@@ -4,7 +4,7 @@
 This is the only place that knows Docker as a test tool. A *fleet* is a group of hosts on a network of its own; every
 container, network and image made here carries the label below, and only such are ever removed.
 
-    hosts.py up FLEET NAME[=OS] ... [--publish NAME:HOST_PORT:PORT] [--authorized-key FILE]
+    hosts.py up FLEET NAME[=OS] ... [--publish NAME:HOST_PORT:PORT] [--authorized-key FILE] [--ipv6]
     hosts.py down FLEET
     hosts.py engine-stop            stops the Docker engine if this program started it
 
@@ -222,12 +222,25 @@ def host_key(name: str) -> str:
     return " ".join(docker("exec", name, "cat", "/etc/ssh/ssh_host_ed25519_key.pub").split()[:2])
 
 
-def up(fleet: str, wanted: dict[str, str], publish: Sequence[str] = (), authorized_key: Path | None = None) -> None:
+def local_network(fleet: str) -> str:
+    """An IPv6 network of its own for a fleet: a unique local one (RFC 4193), whose number is made from the fleet's name."""
+    number = hashlib.sha256(fleet.encode()).hexdigest()
+    return f"fd{number[:2]}:{number[2:6]}:{number[6:10]}::/64"
+
+
+def up(
+    fleet: str,
+    wanted: dict[str, str],
+    publish: Sequence[str] = (),
+    authorized_key: Path | None = None,
+    ipv6: bool = False,
+) -> None:
     """Start the hosts of a fleet (name -> OS). `publish` holds NAME:HOST_PORT:PORT, bound to loopback."""
     engine_start()
     with locked("network"):
         if run("docker", "network", "inspect", f"gpufleet-{fleet}", check=False).returncode:
-            docker("network", "create", f"--label={LABEL}={fleet}", f"gpufleet-{fleet}")
+            options = ["--ipv6", f"--subnet={local_network(fleet)}"] if ipv6 else []
+            docker("network", "create", f"--label={LABEL}={fleet}", *options, f"gpufleet-{fleet}")
     for name, os_name in wanted.items():
         ports = [entry.split(":", 1)[1] for entry in publish if entry.startswith(f"{name}:")]
         start(fleet, name, os.environ.get("TEST_OS") or os_name, ports, authorized_key)
@@ -252,6 +265,7 @@ def main() -> int:
     command.add_argument("hosts", nargs="+", metavar="NAME[=OS]")
     command.add_argument("--publish", action="append", default=[], metavar="NAME:HOST_PORT:PORT")
     command.add_argument("--authorized-key", type=Path, help="public key of the SSH user `fleet`, who may sudo")
+    command.add_argument("--ipv6", action="store_true", help="give them IPv6 addresses, too")
     command = commands.add_parser("down", help="remove the hosts of a fleet")
     command.add_argument("fleet")
     command = commands.add_parser("address", help="print the address of a host")
@@ -264,7 +278,7 @@ def main() -> int:
     try:
         if arguments.command == "up":
             wanted = dict(entry.split("=", 1) if "=" in entry else (entry, "debian12") for entry in arguments.hosts)
-            up(arguments.fleet, wanted, arguments.publish, arguments.authorized_key)
+            up(arguments.fleet, wanted, arguments.publish, arguments.authorized_key, arguments.ipv6)
         elif arguments.command == "down":
             down(arguments.fleet)
         elif arguments.command == "address":
