@@ -9,17 +9,14 @@ from typing import Any
 
 from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
-from ansible.plugins.loader import connection_loader
+from ansible_collections.gpufleet.llm.plugins.module_utils import ssh_known
+from ansible_collections.gpufleet.llm.plugins.plugin_utils.fresh import fresh, reason
 
-# The first value of an option wins with ssh, so these stand before whatever ansible.cfg or the inventory say.
-ALONE = "-o ControlMaster=no -o ControlPath=none"
 ARGUMENTS: dict[str, dict[str, Any]] = {"timeout": {"type": "int", "default": 15}}
 ECHO = "gpufleet-fresh-connection"
 ATTEMPT_SECONDS = 5
 # Connection plugins that no firewall and no SSH server can shut out.
 INSIDE = ("chroot", "docker", "docker_api", "local", "lxc", "lxd", "machinectl", "nsenter", "podman")
-# What another attempt does not mend.
-FINAL = ("Permission denied", "Host key verification failed", "REMOTE HOST IDENTIFICATION HAS CHANGED")
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
@@ -36,7 +33,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         began = time.monotonic()
         until = began + arguments["timeout"]
         while problem := self.problem(max(1, min(ATTEMPT_SECONDS, round(until - time.monotonic())))):
-            if time.monotonic() + 1 > until or any(words in problem for words in FINAL):
+            if time.monotonic() + 1 > until or ssh_known.is_final(problem):
                 break
             time.sleep(1)
         result.update(changed=False, transport=transport, seconds=round(time.monotonic() - began, 2))
@@ -54,20 +51,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def problem(self, timeout: int) -> str:
         """Why a new connection does not get in, or nothing."""
-        present = self._connection
-        fresh = connection_loader.get(present.ansible_name, self._play_context.copy())
-        fresh.set_options(direct=present.get_options())
-        if present.transport == "ssh":
-            own = {"ssh_args": f"{ALONE} {present.get_option('ssh_args') or ''}", "timeout": timeout}
-            for name, value in {**own, "reconnection_retries": 0, "verbosity": 0}.items():
-                fresh.set_option(name, value)
+        connection = fresh(self, timeout)
         try:
-            fresh._connect()
-            status, output, error = fresh.exec_command(f"echo {ECHO}", sudoable=False)
+            connection._connect()
+            status, output, error = connection.exec_command(f"echo {ECHO}", sudoable=False)
         except AnsibleError as failure:
-            return " ".join(str(failure).split()).removeprefix("Failed to connect to the host via ssh: ")
+            return reason(failure)
         finally:
-            fresh.close()
+            connection.close()
         if status or ECHO.encode() not in output:
             return f"it ended with {status}: {error.decode(errors='replace').strip()}"
         return ""

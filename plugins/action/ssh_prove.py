@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleConnectionFailure, AnsibleError
-from ansible.plugins.action import ActionBase
-from ansible.plugins.loader import connection_loader
 from ansible_collections.gpufleet.llm.plugins.module_utils import ssh_known
 from ansible_collections.gpufleet.llm.plugins.modules.ssh_prove import ARGUMENTS
-from ansible_collections.gpufleet.llm.plugins.plugin_utils.quick import QuickAction
+from ansible_collections.gpufleet.llm.plugins.plugin_utils.fresh import fresh, reason
+from ansible_collections.gpufleet.llm.plugins.plugin_utils.quick import QuickCalls
 
-# Of several values, ssh takes the first: these come before what the inventory says.
-FRESH = "-o ControlMaster=no -o ControlPath=none"
 KEY_ONLY = "-o PreferredAuthentications=publickey -o PasswordAuthentication=no -o KbdInteractiveAuthentication=no"
 # The address that the host sees, and who is there: words that every login shell understands.
 QUESTION = "echo $SSH_CONNECTION; id -un"
@@ -29,12 +26,12 @@ class UnprovedError(Exception):
     """Why one cannot log in, in words for the operator."""
 
 
-class ActionModule(QuickAction):
+class ActionModule(QuickCalls):
     """See the module's documentation."""
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Log in."""
-        result: dict[str, Any] = ActionBase.run(self, tmp, task_vars)
+        result: dict[str, Any] = super().run(tmp, task_vars)
         _, given = self.validate_argument_spec(ARGUMENTS)
         if self._connection.transport != "ssh":
             return {**result, **self.quick("ssh_prove", self._task.args, task_vars or {})}
@@ -81,21 +78,8 @@ class ActionModule(QuickAction):
     # ------------------------------------------------------------------------------------------------------- connections
 
     def fresh(self, port: int | None, arguments: str = "", extra: str = "") -> Any:
-        """A connection of its own with the settings of Ansible's, and without its socket."""
-        own = self._connection
-        options = dict(own.get_options())
-        options.update(
-            ssh_args=" ".join(filter(None, [FRESH, arguments, options.get("ssh_args")])),
-            ssh_extra_args=" ".join(filter(None, [options.get("ssh_extra_args"), extra])),
-            password=None,
-            reconnection_retries=0,
-            timeout=CONNECT_SECONDS,
-            verbosity=0,
-            **({"port": port} if port else {}),
-        )
-        connection = connection_loader.get(own.ansible_name, self._play_context.copy())
-        connection.set_options(direct=options)
-        return connection
+        """A connection of its own, never with a password."""
+        return fresh(self, CONNECT_SECONDS, arguments, extra, password=None, **({"port": port} if port else {}))
 
     def settings(self) -> ssh_known.Settings:
         """What ssh makes of all that is configured for this host, as it tells by -G."""
@@ -149,8 +133,3 @@ class ActionModule(QuickAction):
         if status or not words:
             return error.decode(errors="replace").strip() or f"the login shell ended with {status} and said nothing"
         return list(words)
-
-
-def reason(failure: AnsibleError) -> str:
-    """What ssh said, on one line and without what only Ansible adds."""
-    return " ".join(str(failure).split()).removeprefix("Failed to connect to the host via ssh: ")
