@@ -11,7 +11,7 @@ from testinfra.host import Host
 from tests.hosts import hosts
 from tests.roles import ROOT, host_name
 
-SSH = ROOT / ".cache/molecule-ssh"
+SSH = ROOT / ".cache/molecule-ssh_hardening"  # made by tests/hosts/hosts.py
 ROLE = "ssh_hardening"
 DROP_IN = "/etc/ssh/sshd_config.d/00-00-vllm-fleet.conf"
 GUARD = "/var/lib/vllm-fleet/ssh-rollback"
@@ -23,9 +23,8 @@ nft delete table inet drill 2>/dev/null
 rm -rf /var/lib/vllm-fleet/tree/ssh_hardening {GUARD} {GUARD}.undoing /etc/systemd/system/ssh.socket.d
 rm -f /etc/ssh/sshd_config.d/*.conf /etc/systemd/system/{UNIT}* /etc/systemd/system/*.wants/{UNIT}*
 systemctl daemon-reload
-systemctl disable --now ssh.socket 2>/dev/null
-systemctl enable ssh.service 2>/dev/null
-systemctl restart ssh.service
+systemctl disable --now ssh.socket ssh.service 2>/dev/null
+systemctl enable --now ssh.service 2>/dev/null
 """
 
 

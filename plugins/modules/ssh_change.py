@@ -47,6 +47,10 @@ options:
     type: list
     elements: dict
     default: []
+  enable:
+    description: Whether the server is to start with the host from now on, for V(proved).
+    type: bool
+    default: false
   make_moduli:
     description: Whether to write the file of long moduli, for V(armed).
     type: bool
@@ -169,6 +173,7 @@ ARGUMENTS: dict[str, Any] = {
     "ports": {"type": "list", "elements": "int", "default": []},
     "make_keys": {"type": "list", "elements": "dict", "default": [], "no_log": False},
     "make_moduli": {"type": "bool", "default": False},
+    "enable": {"type": "bool", "default": False},
 }
 
 
@@ -194,7 +199,10 @@ def main() -> None:
                 module.fail_json(
                     msg="The proof came too late: the host has taken the change back already. ssh_hardening_rollback_seconds may be too short"
                 )
-            module.exit_json(changed=False)
+            if given["enable"]:
+                # Without a reload: systemd 257 forgets that the service runs when its alias sshd.service comes back meanwhile.
+                command("systemctl", "enable", "--no-reload", "--quiet", "ssh.service")
+            module.exit_json(changed=given["enable"])
         module.exit_json(changed=True, undone=guard.undo())
     except (GuardError, OSError) as error:
         module.fail_json(msg=str(error))
