@@ -75,18 +75,12 @@ def secret(name: str) -> str:
 
 def start_hosts(count: int) -> dict[str, str]:
     """Start the hosts and write what SSH and the inventory need to know of them. Returns name -> address."""
-    hosts.install("ssh", "openssh-client")
-    DIRECTORY.mkdir(parents=True, exist_ok=True)
-    key = DIRECTORY / "id_ed25519"
-    if not key.exists():
-        hosts.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"{FLEET} fleet", "-f", str(key))
     gateway, workers = f"{FLEET}-gateway", [f"{FLEET}-gpu{number}" for number in range(1, count + 1)]
     wanted = {gateway: "debian12", **dict.fromkeys(workers, "debian12")}
-    hosts.up(FLEET, wanted, [f"{gateway}:{PORT}:443"], key.with_suffix(".pub"))
+    hosts.up(FLEET, wanted, [f"{gateway}:{PORT}:443"], DIRECTORY)
     addresses = {name: hosts.address(name) for name in wanted}
-    lines = [f"{address} {hosts.host_key(name)}\n" for name, address in addresses.items()]
-    (DIRECTORY / "known_hosts").write_text("".join(lines))
     fleet = {"gateway": {gateway: addresses[gateway]}, "vllm": {name: addresses[name] for name in workers}}
+    (DIRECTORY / "controller").write_text(hosts.controller(FLEET))
     (DIRECTORY / "fleet.json").write_text(json.dumps(fleet, indent=2) + "\n")
     return addresses
 
@@ -190,8 +184,8 @@ client = openai.OpenAI(base_url="{access["base_url"]}", api_key="{api_key}",
 answer = client.chat.completions.create(model="{MODEL}", messages=[{{"role": "user", "content": "{question}"}}])
 print(answer.choices[0].message.content)
 
-Next: look into a host with `docker exec -it {FLEET}-gpu1 bash` (journalctl -u vllm@chat), change inventories/demo and run
-`make demo` again, read docs/quickstart.md, and remove it all with `make demo-down`.""")
+Next: look into a host with `ssh -F {DIRECTORY / "config"} {FLEET}-gpu1` (sudo journalctl -u vllm@chat), change inventories/demo
+and run `make demo` again, read docs/quickstart.md, and remove it all with `make demo-down`.""")
 
 
 def down() -> None:

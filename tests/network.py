@@ -15,24 +15,21 @@ from tests.roles import host_name
 
 # Runs on the host that looks.
 SCAN = Path(__file__).with_name("scan_ports.py").read_text()
-BOTH = "{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}}{{end}}"
-
-
-def addresses(host: Host) -> list[str]:
-    """IPv4 and, where the fleet has it, IPv6 address of a host."""
-    return hosts.docker("inspect", "--format", BOTH, host_name(host)).split()
 
 
 def address_of(host: Host, family: int = 4) -> str:
     """One of the addresses of a host."""
-    return addresses(host)[0 if family == 4 else 1]
+    return hosts.addresses(host_name(host))[0 if family == 4 else 1]
 
 
-def scan(source: Host, target: Host | str, ports: Iterable[int], family: int = 4) -> dict[str, Any]:
-    """What one host sees of another's ports: the `open` ones, and how many were `refused`. What a firewall drops says nothing."""
+def scan(source: Host | str, target: Host | str, ports: Iterable[int], family: int = 4) -> dict[str, Any]:
+    """What one host sees of another's ports: the `open` ones, and how many were `refused`. What a firewall drops says nothing.
+
+    The source may be the name of a host, the target an address.
+    """
     address = target if isinstance(target, str) else address_of(target, family)
     done = subprocess.run(
-        ["docker", "exec", "--interactive", host_name(source), "python3", "-"],
+        ["docker", "exec", "--interactive", source if isinstance(source, str) else host_name(source), "python3", "-"],
         input=f"{SCAN}\n\nmain({address!r}, {list(ports)})\n", text=True, capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,7 @@
 This is the only place that knows Docker as a test tool. A *fleet* is a group of hosts on a network of its own; every
 container, network and image made here carries the label below, and only such are ever removed.
 
-    hosts.py up FLEET NAME[=OS] ... [--publish NAME:HOST_PORT:PORT] [--authorized-key FILE] [--ipv6]
+    hosts.py up FLEET NAME[=OS] ... [--publish NAME:HOST_PORT:PORT] [--ssh DIRECTORY] [--ipv6]
     hosts.py down FLEET
     hosts.py engine-stop            stops the Docker engine if this program started it
 
@@ -217,9 +217,48 @@ def address(name: str) -> str:
     return docker("inspect", "--format", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", name)
 
 
+def controller(fleet: str) -> str:
+    """The address from which this machine reaches the hosts of a fleet."""
+    return docker("network", "inspect", "--format", "{{(index .IPAM.Config 0).Gateway}}", f"gpufleet-{fleet}")
+
+
+def addresses(name: str) -> list[str]:
+    """The IPv4 and, where its fleet has such, the IPv6 address of a host."""
+    both = "{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}}{{end}}"
+    return docker("inspect", "--format", both, name).split()
+
+
 def host_key(name: str) -> str:
     """The public SSH host key, read through the engine and not over the network: it can be trusted."""
     return " ".join(docker("exec", name, "cat", "/etc/ssh/ssh_host_ed25519_key.pub").split()[:2])
+
+
+def ssh_key(directory: Path) -> Path:
+    """The key of the SSH user `fleet` in this directory, made when it is not there. Returns its public half."""
+    install("ssh", "openssh-client")
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    key = directory / "id_ed25519"
+    if not key.exists():
+        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", directory.name, "-f", str(key))
+    return key.with_suffix(".pub")
+
+
+def ssh_files(directory: Path, names: Sequence[str]) -> None:
+    """What one has to know of hosts that run: `known_hosts`, `config`, so that `ssh -F config NAME` logs in, and `addresses.json`."""
+    known = []
+    config = [
+        "User fleet",
+        "IdentitiesOnly yes",
+        f"IdentityFile {directory}/id_ed25519",
+        f"UserKnownHostsFile {directory}/known_hosts",
+    ]
+    for name in names:
+        found, key = addresses(name), host_key(name)
+        config += [f"Host {name}", f"  HostName {found[0]}"]
+        known += [f"{address} {key}" for address in found]
+    (directory / "addresses.json").write_text(json.dumps({name: addresses(name) for name in names}) + "\n")
+    (directory / "known_hosts").write_text("\n".join([*known, ""]))
+    (directory / "config").write_text("\n".join([*config, ""]))
 
 
 def local_network(fleet: str) -> str:
@@ -232,11 +271,12 @@ def up(
     fleet: str,
     wanted: dict[str, str],
     publish: Sequence[str] = (),
-    authorized_key: Path | None = None,
+    ssh: Path | None = None,
     ipv6: bool = False,
 ) -> None:
-    """Start the hosts of a fleet (name -> OS). `publish` holds NAME:HOST_PORT:PORT, bound to loopback."""
+    """Start the hosts of a fleet (name -> OS). `publish` holds NAME:HOST_PORT:PORT, bound to loopback. `ssh` is a directory, see ssh_files()."""
     engine_start()
+    authorized_key = ssh_key(ssh) if ssh else None
     with locked("network"):
         if run("docker", "network", "inspect", f"gpufleet-{fleet}", check=False).returncode:
             options = ["--ipv6", f"--subnet={local_network(fleet)}"] if ipv6 else []
@@ -244,6 +284,8 @@ def up(
     for name, os_name in wanted.items():
         ports = [entry.split(":", 1)[1] for entry in publish if entry.startswith(f"{name}:")]
         start(fleet, name, os.environ.get("TEST_OS") or os_name, ports, authorized_key)
+    if ssh:
+        ssh_files(ssh, list(wanted))
 
 
 def down(fleet: str) -> None:
@@ -264,7 +306,9 @@ def main() -> int:
     command.add_argument("fleet")
     command.add_argument("hosts", nargs="+", metavar="NAME[=OS]")
     command.add_argument("--publish", action="append", default=[], metavar="NAME:HOST_PORT:PORT")
-    command.add_argument("--authorized-key", type=Path, help="public key of the SSH user `fleet`, who may sudo")
+    command.add_argument(
+        "--ssh", type=Path, metavar="DIRECTORY", help="make a user `fleet` who may sudo, and write there how to log in"
+    )
     command.add_argument("--ipv6", action="store_true", help="give them IPv6 addresses, too")
     command = commands.add_parser("down", help="remove the hosts of a fleet")
     command.add_argument("fleet")
@@ -278,7 +322,7 @@ def main() -> int:
     try:
         if arguments.command == "up":
             wanted = dict(entry.split("=", 1) if "=" in entry else (entry, "debian12") for entry in arguments.hosts)
-            up(arguments.fleet, wanted, arguments.publish, arguments.authorized_key, arguments.ipv6)
+            up(arguments.fleet, wanted, arguments.publish, arguments.ssh, arguments.ipv6)
         elif arguments.command == "down":
             down(arguments.fleet)
         elif arguments.command == "address":

@@ -16,7 +16,7 @@ from testinfra.host import Host
 from tests.network import address_of, scan
 from tests.roles import ROOT, applied, changed, environment, host_name, refused, role_command
 
-DIRECTORY = ROOT / ".cache/molecule-firewall"  # made by prepare_hosts.yml
+DIRECTORY = ROOT / ".cache/molecule-firewall"  # made by tests/hosts/hosts.py
 EVERY_PORT = range(1, 65536)
 # Those that listen somewhere, those that would if something went wrong, and a good many beside them.
 SOME_PORTS = [*range(1, 1025), 2375, *range(5000, 5010), *range(7990, 8100), 9100, 9400, 50000]
