@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,11 +36,11 @@ LONGEST_FIRST = [
     "molecule model_store",
     "molecule tls_certificate",
     "molecule vllm",
-    "molecule firewall",
     "molecule gateway",
-    "molecule ssh_hardening",
     "molecule uv",
 ]
+# These wait for timers and closed ports most of the time: one of them runs beside the others.
+QUIET = ["molecule ssh_hardening", "molecule firewall"]
 TAIL = 60  # lines of a failing job's log
 COUNT = re.compile(r"(\d+) (passed|failed|error|errors)\b")
 FAILED = re.compile(r"^(?:FAILED|ERROR) \S.*$", re.MULTILINE)  # pytest's short summary
@@ -141,21 +142,22 @@ class Runner:
                 print("\n".join(f"    | {line}" for line in tail))
                 print(f"    the whole log: {job.log.relative_to(ROOT)}", flush=True)
 
-    def queue(self, jobs: Sequence[Job]) -> None:
-        """Run jobs in their order, as many at the same time as there are workers."""
-        waiting = iter(jobs)
+    def queue(self, jobs: Sequence[Job], quiet: Sequence[Job] = ()) -> None:
+        """Run jobs in their order, as many at the same time as there are workers, and a quiet one beside them."""
+        loud_ones, quiet_ones = deque(jobs), deque(quiet)
         lock = threading.Lock()
 
-        def work() -> None:
+        def work(*queues: deque[Job]) -> None:
             while not self.stopping:
                 with lock:
-                    job = next(waiting, None)
+                    job = next((queue.popleft() for queue in queues if queue), None)
                 if job is None:
                     return
                 self.job(job)
 
-        self.jobs += jobs
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(WORKERS)]
+        self.jobs += [*jobs, *quiet]
+        orders = [(loud_ones, quiet_ones)] * WORKERS + [(quiet_ones,)] * bool(quiet)
+        threads = [threading.Thread(target=work, args=order, daemon=True) for order in orders]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -302,8 +304,9 @@ def main() -> int:
             runner.queue([pytest_job("unit", "tests/unit")])
         if wanted or e2e:
             jobs = [*([pytest_job("e2e", "tests/e2e")] if e2e else []), *molecule_jobs(wanted)]
+            jobs.sort(key=lambda job: LONGEST_FIRST.index(job.name) if job.name in LONGEST_FIRST else 99)
             runner.queue(
-                sorted(jobs, key=lambda job: LONGEST_FIRST.index(job.name) if job.name in LONGEST_FIRST else 99)
+                [job for job in jobs if job.name not in QUIET], quiet=[job for job in jobs if job.name in QUIET]
             )
     except KeyboardInterrupt:
         runner.say("interrupted")
