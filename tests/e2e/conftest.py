@@ -42,6 +42,8 @@ ENVIRONMENT = {
     "ANSIBLE_FORCE_COLOR": "0",
 }
 KEEP = os.environ.get("E2E_KEEP", "") == "1"
+# Its request comes in on its input: keys do not belong into a command line.
+CURL = "curl --silent --output /dev/null --write-out '%{http_code}' --config -"
 # Modules run as `/usr/bin/python3`, or quickly as `/usr/bin/python3 -I -`, that reads its program from its input.
 KILL_MODULES = (
     "for process in /proc/[0-9]*; do case \"$(tr '\\0' ' ' <$process/cmdline 2>/dev/null)\" in"
@@ -222,13 +224,20 @@ class Fleet:
 
     def direct(self, worker: str, timeout: float = 60) -> int:
         """Ask one vLLM past the gateway; the status, or 0 when it does not answer."""
-        url = f"http://{self.backend(worker)}"
-        try:
-            return request(
-                url, "POST", "/v1/completions", key=self.internal_key, body=self.prompt(), timeout=timeout
-            ).status
-        except (OSError, http.client.HTTPException):
-            return 0
+        return self.inside(
+            worker, "POST", "/v1/completions", key=self.internal_key, body=self.prompt(), timeout=timeout
+        )
+
+    def inside(
+        self, worker: str, method: str, path: str, *, key: str | None = None, body: object = None, timeout: float = 60
+    ) -> int:
+        """Ask one vLLM from the gateway's host, which its firewall lets in; the status, or 0 when it does not answer."""
+        lines = [f'url = "http://{self.backend(worker)}{path}"', f'request = "{method}"', f"max-time = {timeout}"]
+        if key:
+            lines.append(f'header = "Authorization: Bearer {key}"')
+        if body is not None:
+            lines += ['header = "Content-Type: application/json"', f"data = {json.dumps(json.dumps(body))}"]
+        return int(on(GATEWAY, CURL, stdin="\n".join(lines), check=False) or 0)
 
     def log_lines(self) -> int:
         """Length of the gateway's access log."""

@@ -53,11 +53,11 @@ from tests.e2e.conftest import (
     playbook,
     playbook_command,
     program,
-    request,
     secret,
     until,
 )
 from tests.hosts import hosts
+from tests.network import scan
 
 CHAT, COMPLETIONS, RESPONSES, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models"
 OPEN = {("POST", CHAT), ("POST", COMPLETIONS), ("POST", RESPONSES), ("GET", MODELS)}
@@ -162,6 +162,8 @@ def test_a_second_run_changes_nothing_and_asks_each_host_little(fleet: Fleet, tm
     assert set(calls) == set(recap)
     for host, made in calls.items():
         assert made["total"] <= 3 + len(set(made["roles"]) - {"no role"}), (host, made)
+        hardening = ("host_support", "base", "firewall", "ssh_hardening")
+        assert sum(made["roles"].get(f"gpufleet.llm.{role}", 0) for role in hardening) <= 4, (host, made)
     FIGURES["remote calls of a run that changes nothing"] = ", ".join(
         f"{host} {made['total']}" for host, made in calls.items()
     )
@@ -235,10 +237,33 @@ def test_a_wrong_key_is_refused(fleet: Fleet) -> None:
 
 def test_vllm_answers_nobody_without_its_own_key(fleet: Fleet) -> None:
     """The client's key does not work past the gateway, so the gateway must have put another in its place."""
-    url = f"http://{fleet.backend(WORKERS[0])}"
     for key in (None, fleet.key):
-        assert request(url, "GET", MODELS, key=key).status == 401
-    assert request(url, "GET", MODELS, key=fleet.internal_key).status == 200
+        assert fleet.inside(WORKERS[0], "GET", MODELS, key=key) == 401
+    assert fleet.inside(WORKERS[0], "GET", MODELS, key=fleet.internal_key) == 200
+
+
+def test_from_outside_two_ports_of_the_gateway_are_open_and_nothing_else(fleet: Fleet) -> None:
+    """Every port of every host, as a stranger in the same network sees it, and as the others of the fleet do."""
+    stranger = f"{NAME}-stranger"
+    hosts.up(NAME, {stranger: "debian12"})
+    seen = {
+        (source, target): scan(source, fleet.access["hosts"][target], range(1, 65536))
+        for source, target in [
+            (stranger, GATEWAY),
+            (stranger, WORKERS[0]),
+            (GATEWAY, WORKERS[0]),
+            (WORKERS[0], WORKERS[1]),
+        ]
+    }
+    hosts.docker("rm", "--force", "--volumes", stranger)
+    assert {pair: found["open"] for pair, found in seen.items()} == {
+        (stranger, GATEWAY): [80, 443],
+        (stranger, WORKERS[0]): [],
+        (GATEWAY, WORKERS[0]): [8000],
+        (WORKERS[0], WORKERS[1]): [],
+    }
+    # dropped, not refused: nobody learns what is there
+    assert not any(found["refused"] for found in seen.values()), seen
 
 
 def test_both_hosts_are_asked(fleet: Fleet) -> None:

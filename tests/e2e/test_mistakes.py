@@ -35,6 +35,8 @@ RIGHT: dict[str, Any] = {
     "gateway_server_names": ["llm.test"],
     "gateway_routes": [{"model": "tiny", "instance": "chat"}],
     "gateway_clients": [CLIENT],
+    # Ansible comes by the container engine here, so it is not known whose login by SSH has to be kept.
+    "ssh_hardening_login_users": ["root"],
     # each of the hosts is a fleet of its own
     "gateway_vllm_group": "{{ inventory_hostname }}_fleet",
 }
@@ -244,6 +246,59 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "Python too old": (
         {"uv_python": "system", "uv_python_minimum": "3.99"},
         "uv_python is `system`, but the Python of python_too_old is 3.",
+    ),
+    "a role that cannot be left out": (
+        {"fleet_skip_roles": ["vllm"]},
+        "fleet_skip_roles has vllm; only base, firewall and ssh_hardening can be left out",
+    ),
+    "SSH from nowhere": (
+        {"firewall_admin_networks": []},
+        "firewall_admin_networks is empty, so nobody could log in any more; say who may",
+    ),
+    "a network that is none": (
+        {"firewall_admin_networks": ["10.0.0.0/33"]},
+        "firewall_admin_networks has '10.0.0.0/33', which is no network; it takes networks and addresses such as 10.0.0.0/8",
+    ),
+    "typo in a key of what is open": (
+        {"firewall_allow": [{"name": "storage", "port": [2049], "networks": ["10.0.0.0/8"]}]},
+        "firewall_allow[0] (storage): key 'port' is unknown; did you mean ports?",
+    ),
+    "nobody's login to keep": (
+        {"ssh_hardening_login_users": []},
+        "name at least one user in ssh_hardening_login_users",
+    ),
+    "SSH without a port": ({"ssh_hardening_ports": []}, "ssh_hardening_ports is empty; name at least one port"),
+    "injection into sshd_config": (
+        {"ssh_hardening_allow_users": ["alice\nPermitRootLogin yes"]},
+        "it takes one name or pattern for each entry, without blanks",
+    ),
+    "a public key that is none": (
+        {"ssh_hardening_authorized_keys": [{"user": "alice", "keys": ["ssh-rsa"], "exclusive": False}]},
+        "ssh_hardening_authorized_keys[0] (alice): keys[0] is no public key; it is one line such as `ssh-ed25519 AAAA... alice@laptop`",
+    ),
+    "a private key in the place of a public one": (
+        {"ssh_hardening_authorized_keys": [{"user": "alice", "keys": [GOOD[1]], "exclusive": False}]},
+        "keys[0] is a private key; it belongs to nobody but its owner",
+    ),
+    "root in words": (
+        {"ssh_hardening_permit_root_login": "maybe"},
+        "ssh_hardening_permit_root_login is 'maybe', but must be one of",
+    ),
+    "a kernel setting that is none": (
+        {"base_sysctl": {"vm swappiness": 10}},
+        "base_sysctl has 'vm swappiness'; a setting is written with dots",
+    ),
+    "more open files than the kernel has": (
+        {"base_limit_nofile": 99999999},
+        "base_limit_nofile is 99999999, more than the kernel allows a process",
+    ),
+    "administrators without a group": (
+        {"base_admin_users": ["alice"]},
+        "base_admin_users has alice, but base_admin_group names",
+    ),
+    "a pattern that is none": (
+        {"base_unattended_upgrades_exclude": ["^lib("]},
+        "base_unattended_upgrades_exclude has '^lib(', which is no regular expression",
     ),
     "journal without a size": (
         {"base_journal_max_size": "much"},
