@@ -1,4 +1,4 @@
-"""A role applied alone, on a real host, from the collection installed offline in an empty directory."""
+"""Roles applied by name, on a real host over SSH, from the collection installed offline in an empty directory."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ FLEET = "e2e-collection"
 HOST = "e2e-collection-1"
 PLAYBOOK = """
 - hosts: all
+  become: true
   gather_facts: false
   roles:
+    - role: gpufleet.llm.base
+    - role: gpufleet.llm.firewall
+    - role: gpufleet.llm.ssh_hardening
     - role: gpufleet.llm.tls_certificate
       vars:
         tls_certificate_names: [llm.test]
@@ -47,21 +51,21 @@ def run(*command: str, cwd: Path) -> str:
 
 
 @pytest.fixture
-def host() -> Iterator[str]:
-    """One bare host."""
-    hosts.up(FLEET, {HOST: "debian12"})
+def host(tmp_path: Path) -> Iterator[str]:
+    """One bare host, and how to log in to it."""
+    hosts.up(FLEET, {HOST: "debian12"}, ssh=tmp_path / "ssh")
     yield HOST
     hosts.down(FLEET)
 
 
-def test_a_role_alone_from_the_installed_collection(host: str, tmp_path: Path) -> None:
+def test_roles_from_the_installed_collection(host: str, tmp_path: Path) -> None:
     run("ansible-galaxy", "collection", "build", "--output-path", str(tmp_path), cwd=ROOT)
     (built,) = tmp_path.glob("gpufleet-llm-*.tar.gz")
     run("ansible-galaxy", "collection", "install", "--offline", "-p", "collections", str(built), cwd=tmp_path)
     (tmp_path / "play.yml").write_text(PLAYBOOK)
+    # Nothing else is set: no pipelining, and what a role is not told it finds out.
     (tmp_path / "hosts.yml").write_text(
-        f"all: {{hosts: {{{host}: {{ansible_connection: community.docker.docker, "
-        "ansible_python_interpreter: /usr/bin/python3}}}\n"
+        f"all: {{hosts: {{{host}: {{ansible_ssh_common_args: -F {tmp_path}/ssh/config}}}}}}\n"
     )
     first = run("ansible-playbook", "-i", "hosts.yml", "play.yml", cwd=tmp_path)
     assert "changed=0" not in first
