@@ -32,6 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache"
 LABEL = "gpufleet.fleet"
+CLONE = "gpufleet.clone"  # a label, too: where the program is that started a host
 ENGINE_PID = CACHE / "dockerd.pid"
 PACKAGES = [
     "systemd", "systemd-sysv", "dbus", "python3", "python3-apt", "openssh-server", "sudo", "iproute2", "ca-certificates", "curl",
@@ -168,7 +169,12 @@ def image(os_name: str) -> str:
 
 def start(fleet: str, name: str, os_name: str, publish: Sequence[str], authorized_key: Path | None) -> None:
     """Start one host and wait until its systemd says it is up. A host that already runs is left as it is."""
-    state = docker("ps", "--all", "--filter", f"name=^{name}$", "--format", "{{.State}}")
+    told = docker("ps", "--all", "--filter", f"name=^{name}$", "--format", f'{{{{.State}}}} {{{{.Label "{CLONE}"}}}}')
+    state, _, clone = told.partition(" ")
+    if clone not in ("", str(ROOT)):
+        raise HostsError(
+            f"{name} belongs to the clone in {clone}: remove it there (make demo-down), or by: docker rm --force {name}"
+        )
     if state == "running":
         return
     if state:
@@ -180,6 +186,7 @@ def start(fleet: str, name: str, os_name: str, publish: Sequence[str], authorize
             f"--hostname={name}",
             f"--network=gpufleet-{fleet}",
             f"--label={LABEL}={fleet}",
+            f"--label={CLONE}={ROOT}",
         ]
         options += [f"--publish=127.0.0.1:{ports}" for ports in publish]
         # Wheels that were downloaded once are not downloaded again by the next host or run.
