@@ -127,8 +127,9 @@ def playbook(name: str, *arguments: str, variables: dict[str, Any] | None = None
 
 
 def on(host: str, command: str, *, stdin: str = "", check: bool = True) -> str:
-    """Run a shell command on a host as root, and return what it prints."""
-    return hosts.run("docker", "exec", "--interactive", host, "sh", "-c", command, input=stdin, check=check).stdout
+    """Run a shell command on a host as root, and return what it prints. What is no UTF-8, as a journal's binary fields, is replaced."""
+    words = ("docker", "exec", "--interactive", host, "sh", "-c", command)
+    return hosts.run(*words, input=stdin, check=check, errors="replace").stdout
 
 
 def request(
