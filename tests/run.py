@@ -39,8 +39,8 @@ LONGEST_FIRST = [
     "molecule gateway",
     "molecule uv",
 ]
-# These wait for timers and closed ports most of the time: one of them runs beside the others.
-QUIET = ["molecule ssh_hardening", "molecule firewall"]
+# These mostly wait, for timers, closed ports and new connections: one of them runs beside the others.
+QUIET = ["molecule base", "molecule firewall", "molecule ssh_hardening"]
 TAIL = 60  # lines of a failing job's log
 COUNT = re.compile(r"(\d+) (passed|failed|error|errors)\b")
 FAILED = re.compile(r"^(?:FAILED|ERROR) \S.*$", re.MULTILINE)  # pytest's short summary
