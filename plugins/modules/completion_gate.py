@@ -173,7 +173,6 @@ class Gate:
     def __init__(self, module: AnsibleModule) -> None:
         self.module = module
         self.deadline = time.monotonic() + module.params["timeout"]
-        self.started = time.time()
 
     def unit_state(self, unit: str) -> dict[str, str]:
         """State and number of restarts of a unit; nothing when systemd is too busy to tell."""
@@ -182,17 +181,17 @@ class Gate:
         )
         return dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
 
-    def journal(self, unit: str) -> list[str]:
-        """What the unit logged since the gate began, down to what matters."""
-        since = f"--since=@{int(self.started) - 5}"
+    def journal(self, unit: str, since: float) -> list[str]:
+        """What the unit logged since then (seconds of the epoch), down to what matters."""
+        # Not --lines: together with --since it counts from the beginning, and a process that stopped busily would have said all of them.
         _status, output, _error = self.module.run_command(
-            ["journalctl", "--unit", unit, since, "--lines=2000", "--output=cat", "--no-pager", "--quiet"]
+            ["journalctl", "--unit", unit, f"--since=@{int(since) - 5}", "--output=cat", "--no-pager", "--quiet"]
         )
         return telling_lines(output)
 
     def wait(self, instance: dict[str, Any]) -> dict[str, Any]:
         """Ask one instance until it answers, its unit dies, or the deadline is over."""
-        begun = time.monotonic()
+        begun, since = time.monotonic(), time.time()
         unit = instance.get("unit")
         restarts = ""
         reason = "it was never asked"
@@ -205,6 +204,7 @@ class Gate:
                     time.sleep(PAUSE_SECONDS)
                     continue
                 restarts = state.get("NRestarts", "0")
+                since = time.time()  # what the process before it said does not matter any more
             left = self.deadline - time.monotonic()
             reason = ask(
                 instance, self.module.params["api_key"], max(1.0, min(left, self.module.params["request_timeout"]))
@@ -216,13 +216,16 @@ class Gate:
                 if not is_open(state) and (
                     state.get("ActiveState") in ("failed", "inactive") or state.get("NRestarts", "0") != restarts
                 ):
-                    reason = f"{unit} died ({state.get('Result') or state.get('ActiveState')})"
+                    result = state.get("Result") or state.get("ActiveState", "")
+                    # Once systemd has started it again, the result is that of the new process.
+                    again = result == "success" and state.get("NRestarts", "0") != restarts
+                    reason = f"{unit} died ({'systemd has started it again' if again else result})"
                     break
             if time.monotonic() + PAUSE_SECONDS >= self.deadline:
                 reason = f"no completion after {self.module.params['timeout']} s: {reason}"
                 break
             time.sleep(PAUSE_SECONDS)
-        return {"name": instance["name"], "reason": reason, "journal": self.journal(unit) if unit else []}
+        return {"name": instance["name"], "reason": reason, "journal": self.journal(unit, since) if unit else []}
 
 
 ARGUMENTS: dict[str, Any] = {

@@ -201,17 +201,44 @@ def test_a_unit_is_not_dead_while_its_restart_is_queued_or_systemd_says_nothing(
     assert states == []
 
 
-def test_a_unit_that_died_is_told(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    states = [
-        {"ActiveState": "active", "NRestarts": "0"},
-        {"ActiveState": "activating", "NRestarts": "1", "Result": "exit-code"},
-    ]
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ({"ActiveState": "activating", "NRestarts": "1", "Result": "exit-code"}, "exit-code"),
+        ({"ActiveState": "active", "NRestarts": "1", "Result": "success"}, "systemd has started it again"),
+        ({"ActiveState": "inactive", "NRestarts": "0", "Result": "success"}, "success"),
+    ],
+)
+def test_a_unit_that_died_is_told(
+    upstream: Any, monkeypatch: pytest.MonkeyPatch, state: dict[str, str], told: str
+) -> None:
+    states = [{"ActiveState": "active", "NRestarts": "0"}, state]
     upstream.answer = staticmethod(lambda _body, _key: (500, "starting"))
     gate = completion_gate.Gate(FakeModule(Path("/nowhere"), timeout=30, request_timeout=5, api_key="k"))
     monkeypatch.setattr(completion_gate, "PAUSE_SECONDS", 0)
     monkeypatch.setattr(gate, "unit_state", lambda _unit: states.pop(0))
-    monkeypatch.setattr(gate, "journal", lambda _unit: [])
-    assert gate.wait(instance(upstream.url, unit="vllm@chat.service"))["reason"] == "vllm@chat.service died (exit-code)"
+    monkeypatch.setattr(gate, "journal", lambda _unit, _since: [])
+    assert gate.wait(instance(upstream.url, unit="vllm@chat.service"))["reason"] == f"vllm@chat.service died ({told})"
+
+
+def test_the_journal_is_that_of_the_process_that_was_waited_for(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one before it may have filled thousands of lines while it stopped. With --since, --lines would count from the beginning."""
+    clock = iter([1000.0, 2000.0])
+    states = [
+        {"Job": "7", "ActiveState": "deactivating"},
+        {"ActiveState": "active", "NRestarts": "0"},
+        {"ActiveState": "failed", "NRestarts": "0", "Result": "exit-code"},
+    ]
+    module = FakeModule(Path("/nowhere"), timeout=30, request_timeout=5, api_key="k")
+    upstream.answer = staticmethod(lambda _body, _key: (500, "starting"))
+    gate = completion_gate.Gate(module)
+    monkeypatch.setattr(completion_gate, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(completion_gate.time, "time", lambda: next(clock))
+    monkeypatch.setattr(gate, "unit_state", lambda _unit: states.pop(0))
+    assert "died" in gate.wait(instance(upstream.url, unit="vllm@chat.service"))["reason"]
+    (command,) = module.commands
+    assert "--since=@1995 " in command
+    assert "--lines" not in command
 
 
 class FakeModule:
