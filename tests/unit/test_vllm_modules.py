@@ -233,7 +233,7 @@ def test_the_journal_is_that_of_the_process_that_was_waited_for(upstream: Any, m
     upstream.answer = staticmethod(lambda _body, _key: (500, "starting"))
     gate = completion_gate.Gate(module)
     monkeypatch.setattr(completion_gate, "PAUSE_SECONDS", 0)
-    monkeypatch.setattr(completion_gate.time, "time", lambda: next(clock))
+    monkeypatch.setattr(time, "time", lambda: next(clock, 3000.0))  # the upstream's clock, too
     monkeypatch.setattr(gate, "unit_state", lambda _unit: states.pop(0))
     assert "died" in gate.wait(instance(upstream.url, unit="vllm@chat.service"))["reason"]
     (command,) = module.commands
