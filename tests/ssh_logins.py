@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from testinfra.host import Host
 
-from tests.hosts import hosts
 from tests.roles import ROOT, host_name
 
 SSH = ROOT / ".cache/molecule-ssh_hardening"  # made by tests/hosts/hosts.py
@@ -42,11 +41,6 @@ def login(
 def gets_in(host: Host, port: int = 22) -> bool:
     """Whether a new login works."""
     return login(host, port=port).returncode == 0
-
-
-def address(host: Host) -> str:
-    """Where the host is on the network."""
-    return hosts.address(host_name(host))
 
 
 def effective(host: Host, name: str, user: str = "fleet") -> list[str]:

@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -495,11 +495,11 @@ def test_a_killed_engine_ends_its_stream_and_comes_back(fleet: Fleet) -> None:
     before = fleet.log_lines()
     ends: list[float] = []
 
-    def follow(stream: object) -> tuple[int, str]:
+    def follow(stream: Iterator[int]) -> tuple[int, str]:
         tokens = 0
         try:
-            for tokens in stream:  # type: ignore[attr-defined]  # noqa: B007
-                pass
+            for so_far in stream:
+                tokens = so_far
         except Exception as error:  # whatever it is, it has to be an error and not silence
             ends.append(time.monotonic())
             return tokens, f"{type(error).__name__}: {error}"

@@ -221,7 +221,7 @@ def start(fleet: str, name: str, os_name: str, publish: Sequence[str], authorize
 
 def address(name: str) -> str:
     """The address of a host on its fleet's network."""
-    return docker("inspect", "--format", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", name)
+    return next(iter(addresses(name)), "")
 
 
 def controller(fleet: str) -> str:
@@ -259,11 +259,12 @@ def ssh_files(directory: Path, names: Sequence[str]) -> None:
         f"IdentityFile {directory}/id_ed25519",
         f"UserKnownHostsFile {directory}/known_hosts",
     ]
-    for name in names:
-        found, key = addresses(name), host_key(name)
-        config += [f"Host {name}", f"  HostName {found[0]}"]
-        known += [f"{address} {key}" for address in found]
-    (directory / "addresses.json").write_text(json.dumps({name: addresses(name) for name in names}) + "\n")
+    found = {name: addresses(name) for name in names}
+    for name, each in found.items():
+        key = host_key(name)
+        config += [f"Host {name}", f"  HostName {each[0]}"]
+        known += [f"{address} {key}" for address in each]
+    (directory / "addresses.json").write_text(json.dumps(found) + "\n")
     (directory / "known_hosts").write_text("\n".join([*known, ""]))
     (directory / "config").write_text("\n".join([*config, ""]))
 

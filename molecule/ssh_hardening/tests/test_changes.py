@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from testinfra.host import Host
 
+from tests.network import address_of
 from tests.roles import applied, changed, refused
-from tests.ssh_logins import ROLE, SSH, address, gets_in, listening, login, unguarded
+from tests.ssh_logins import ROLE, SSH, gets_in, listening, login, unguarded
 
 testinfra_hosts = ["docker://ssh-hardening-debian12"]
 
@@ -52,7 +53,7 @@ def test_old_host_keys_can_still_be_shown(host: Host, forgiven: None) -> None:
     try:
         applied(host, ROLE, ssh_hardening_host_keys="compatible")
         done = subprocess.run(
-            ["ssh-keyscan", "-t", "ecdsa,rsa", address(host)], capture_output=True, text=True, check=True
+            ["ssh-keyscan", "-t", "ecdsa,rsa", address_of(host)], capture_output=True, text=True, check=True
         )
         for name in ("ecdsa", "rsa"):
             assert host.check_output(f"cut -d' ' -f2 /etc/ssh/ssh_host_{name}_key.pub") in done.stdout

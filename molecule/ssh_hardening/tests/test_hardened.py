@@ -8,8 +8,9 @@ from pathlib import Path
 
 from testinfra.host import Host
 
+from tests.network import address_of
 from tests.roles import ROOT, applied, changed, environment, host_name, role_command
-from tests.ssh_logins import ROLE, SSH, address, effective, login, unguarded
+from tests.ssh_logins import ROLE, SSH, effective, login, unguarded
 
 POLICIES = {"debian12": "Hardened Debian 12 (version 3)", "debian13": "Hardened Debian 13 (version 1)"}
 
@@ -17,7 +18,10 @@ POLICIES = {"debian12": "Hardened Debian 12 (version 3)", "debian13": "Hardened 
 def test_an_independent_audit_passes(host: Host, forgiven: None) -> None:
     policy = POLICIES[host_name(host).rpartition("-")[2]]
     done = subprocess.run(
-        [ROOT / ".venv/bin/ssh-audit", "-jj", "-P", policy, address(host)], capture_output=True, text=True, check=False
+        [ROOT / ".venv/bin/ssh-audit", "-jj", "-P", policy, address_of(host)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
@@ -27,7 +31,9 @@ def test_an_independent_audit_passes(host: Host, forgiven: None) -> None:
 def test_the_audit_can_fail(host: Host, forgiven: None) -> None:
     """The policy of the other release does not pass."""
     (policy,) = (policy for name, policy in POLICIES.items() if not host_name(host).endswith(name))
-    done = subprocess.run([ROOT / ".venv/bin/ssh-audit", "-P", policy, address(host)], capture_output=True, check=False)
+    done = subprocess.run(
+        [ROOT / ".venv/bin/ssh-audit", "-P", policy, address_of(host)], capture_output=True, check=False
+    )
     assert done.returncode != 0
 
 
@@ -55,7 +61,7 @@ def test_nothing_is_forwarded(host: Host) -> None:
 
 def test_the_host_shows_two_keys_and_keeps_the_others(host: Host, forgiven: None) -> None:
     done = subprocess.run(
-        ["ssh-keyscan", "-t", "ed25519,rsa,ecdsa", address(host)], capture_output=True, text=True, check=True
+        ["ssh-keyscan", "-t", "ed25519,rsa,ecdsa", address_of(host)], capture_output=True, text=True, check=True
     )
     shown = {line.split()[1]: line.split()[2] for line in done.stdout.splitlines() if not line.startswith("#")}
     assert set(shown) == {"ssh-ed25519", "ssh-rsa"}

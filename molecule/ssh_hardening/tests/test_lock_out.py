@@ -12,6 +12,7 @@ import pytest
 from testinfra.host import Host
 
 from tests.hosts import hosts
+from tests.network import address_of
 from tests.roles import ROOT, applied, changed, environment, host_name, refused, role_command
 from tests.ssh_logins import DROP_IN, GUARD, ROLE, SSH, UNIT, effective, gets_in, listening, unguarded, wait
 
@@ -190,7 +191,7 @@ def test_a_configuration_that_reads_no_other_files_gets_to_read_them(host: Host)
 def test_a_controller_that_knows_another_key_is_told(host: Host) -> None:
     known = SSH / "known_hosts"
     kept = known.read_text()
-    place = hosts.address(host_name(host))
+    place = address_of(host)
     ecdsa, ed25519 = (
         host.check_output(f"cut -d' ' -f1,2 /etc/ssh/ssh_host_{kind}_key.pub") for kind in ("ecdsa", "ed25519")
     )
