@@ -15,6 +15,7 @@ from testinfra.host import Host
 
 from tests.network import address_of, scan
 from tests.roles import ROOT, applied, changed, environment, host_name, refused, role_command
+from tests.ssh_logins import wait
 
 DIRECTORY = ROOT / ".cache/molecule-firewall"  # made by tests/hosts/hosts.py
 EVERY_PORT = range(1, 65536)
@@ -435,7 +436,8 @@ def test_firewalld_is_refused_and_taken_over_on_request(outsider: Host) -> None:
     outsider.check_output(
         "apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends firewalld"
     )
-    assert "table inet firewalld" in outsider.check_output("nft list tables")
+    # firewalld says that it has started before its rules are there
+    assert wait(lambda: "table inet firewalld" in outsider.check_output("nft list tables"), 60)
     assert "firewalld is active on firewall-outsider" in refused(outsider, "firewall")
     applied(outsider, "firewall", firewall_take_over=True)
     assert "table inet firewalld" not in outsider.check_output("nft list tables")
