@@ -22,7 +22,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.apt_host import loade
 from ansible_collections.gpufleet.llm.plugins.module_utils.docker import after_reload, due
 
 UNIT, CONTAINERD = "docker.service", "containerd.service"
-PROPERTIES = "Id,LoadState,ActiveState,UnitFileState,MainPID,InvocationID,ExecMainStartTimestamp"
+PROPERTIES = "Id,LoadState,ActiveState,UnitFileState,MainPID,InvocationID,ExecMainStartTimestampMonotonic"
 API_TIMEOUT = 20
 
 Command = Callable[[list[str]], tuple[int, str, str]]
@@ -66,9 +66,7 @@ class Engine:
 
     def units(self) -> dict[str, dict[str, str]]:
         """The properties of the two units."""
-        _, output, _ = self.command(
-            ["systemctl", "show", "--timestamp=unix", f"--property={PROPERTIES}", UNIT, CONTAINERD]
-        )
+        _, output, _ = self.command(["systemctl", "show", f"--property={PROPERTIES}", UNIT, CONTAINERD])
         found = {}
         for block in output.strip().split("\n\n"):
             values = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
@@ -104,9 +102,10 @@ class Engine:
             changed = self.file.stat().st_mtime
         except OSError:
             return {}
-        # in whole seconds: within the same one nobody knows what came first
-        started = unit.get("ExecMainStartTimestamp", "").lstrip("@")
-        return loaded(read(self.file)) if started.isdigit() and changed <= int(started) else None
+        # The clock of the wall is not what systemd tells in a form that its older versions have: this one counts from the boot.
+        began = int(unit.get("ExecMainStartTimestampMonotonic") or 0) / 1e6
+        started = time.time() - (time.monotonic() - began)
+        return loaded(read(self.file)) if began and changed <= started else None
 
     def note(self, unit: Mapping[str, str], options: Mapping[str, Any] | None) -> None:
         """Remember what the engine runs with, until it is started again or the host is."""

@@ -99,4 +99,7 @@ def parse_policy(output: str) -> dict[str, dict[str, Any]]:
 
 def below(floors: Mapping[str, str], versions: Mapping[str, str]) -> dict[str, str]:
     """Of the packages that are there, those that are older than they may be, with the version that is needed."""
-    return {name: floor for name, floor in floors.items() if name in versions and older(versions[name], floor)}
+    # a version with one dot is a number in YAML
+    return {
+        name: str(floor) for name, floor in floors.items() if name in versions and older(versions[name], str(floor))
+    }

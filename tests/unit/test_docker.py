@@ -6,6 +6,7 @@ import json
 import os
 import socketserver
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -276,7 +277,7 @@ class Host:
             shared = {"LoadState": "loaded" if self.installed else "not-found", "InvocationID": f"id-{self.starts}"}
             if self.starts:
                 # started well after anything in its file was written, unless a test sets the file's time
-                shared["ExecMainStartTimestamp"] = "@2000000000"
+                shared["ExecMainStartTimestampMonotonic"] = str(int((time.monotonic() + 3600) * 1e6))
             units = {UNIT: {**shared, "MainPID": "41", **self.state}, CONTAINERD: {**shared, "MainPID": "42"}}
             return (
                 0,
@@ -396,7 +397,7 @@ def test_a_file_that_was_changed_before_anybody_looked(host: Host) -> None:
     """By hand, or by a run that died: the engine may run with anything."""
     host.write(WANTED)
     host.start()
-    os.utime(host.engine.file, (2000000001, 2000000001))
+    os.utime(host.engine.file, (time.time() + 7200,) * 2)
     look = host.engine.look(WANTED)
     assert (look["due"], look["due_reason"]) == ("restart", "daemon.json was changed after the engine was started")
     assert host.engine.apply(WANTED, restart=False)["due"] == ""
