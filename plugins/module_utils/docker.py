@@ -70,9 +70,10 @@ def plan(
         if not versions and engine in asked["archive"]:
             versions = [asked["archive"][engine]]
         planned["pending"] = not versions
+        target = "" if versions else "?"  # one of those that are not known yet
         if versions:
             target = chosen(asked, offered.get("candidate") or newest(versions), versions, planned["problems"])
-        if target and have and not older(have, target):
+        if target not in ("", "?") and have and not older(have, target):
             planned["notes"].append(
                 f"{engine} {have} on {asked['host']} is as new as anything that {SOURCES[asked['source']]} has"
             )

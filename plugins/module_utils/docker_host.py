@@ -165,6 +165,8 @@ class Engine:
             swarm=info.get("Swarm", {}).get("LocalNodeState", "inactive") not in ("", "inactive"),
         )
         running = self.running(unit)
+        if running is not None and bool(running.get("live-restore")) != found["live_restore"]:
+            running = {**running, "live-restore": found["live_restore"]}  # somebody else had it reloaded
         if remember:
             self.note(unit, running)
         found["due"], found["due_keys"] = due(running, wanted)
@@ -191,9 +193,11 @@ class Engine:
             _, journal, _ = self.command(["journalctl", "--unit", UNIT, "--lines=8", "--output=cat", "--no-pager"])
             raise EngineError(f"`{' '.join(command)}` failed: {reason}\n{journal}".rstrip())
 
-    def apply(self, wanted: Mapping[str, Any], restart: bool) -> dict[str, Any]:
-        """Do what is due, if it may be done now."""
+    def apply(self, wanted: Mapping[str, Any], restart: bool, replaced: bool = False) -> dict[str, Any]:
+        """Do what is due, if it may be done now. A file that was replaced is read again in any case: it may have been read as it was."""
         look = self.look(wanted)
+        if replaced and look["due"] in ("", "enable"):
+            look.update(due="reload", due_reason="daemon.json was not as the engine was told, and is now")
         before = look["containers"]
         action = decided(look, restart)
         if action not in ("", "deferred") and not look["enabled"]:

@@ -32,6 +32,11 @@ options:
     description: Whether the engine may be restarted while containers run.
     type: bool
     default: false
+  replaced:
+    description: Whether the file has just been replaced. Then it is read again even when it says what the engine was told before, because somebody
+      may have had the engine read another one meanwhile.
+    type: bool
+    default: false
   apt:
     description: Options of M(gpufleet.llm.apt_source), which looks in the same call, as C(apt) of the result.
     type: dict
@@ -134,6 +139,7 @@ ARGUMENTS: dict[str, Any] = {
     "state": {"type": "str", "choices": ["looked", "applied"], "default": "looked"},
     "options": {"type": "dict", "default": {}},
     "restart": {"type": "bool", "default": False},
+    "replaced": {"type": "bool", "default": False},
     "apt": {"type": "dict", "default": {}},
     "host": {"type": "str", "default": "this host"},
 }
@@ -154,7 +160,7 @@ def main() -> None:
             look = engine.look(given["options"], remember=False)
             found.update(look, action=decided(look, given["restart"]), reason=look["due_reason"], lost=[])
         else:
-            found.update(engine.apply(given["options"], given["restart"]))
+            found.update(engine.apply(given["options"], given["restart"], given["replaced"]))
     except (EngineError, OSError) as error:
         module.fail_json(msg=f"Docker on {given['host']}: {error}")
     module.exit_json(changed=found.get("action", "") not in ("", "deferred"), **found)

@@ -132,7 +132,10 @@ def test_what_cannot_be_said_before_there_are_lists_is_pending() -> None:
     found = docker_plan(asked(), {}, {})
     assert found == {"problems": [], "install": VENDOR, "notes": [], "pending": True}
     assert not docker_plan(asked(), {}, offered(NEW))["pending"]
-    assert docker_plan(asked(), there(OLD), {})["pending"]
+    # what is there and will not do has to be looked up as well
+    for installed, more in ((there(OLD), {}), (there(GOOD), {"version": "29.1.3"}), (there(GOOD), {"upgrade": True})):
+        found = docker_plan(asked(**more), installed, {})
+        assert (found["pending"], found["install"]) == (True, VENDOR[:2])
 
 
 # --- the file
@@ -413,6 +416,19 @@ def test_somebody_elses_restart_counts(host: Host) -> None:
     assert host.engine.apply(WANTED, restart=False)["action"] == "deferred"
     host.start()
     assert host.engine.look(WANTED)["due"] == "enable"
+
+
+def test_what_somebody_else_had_reloaded_is_reloaded_again(host: Host) -> None:
+    host.write(WANTED)
+    host.start()
+    host.engine.look(WANTED)
+    host.state["UnitFileState"] = "enabled"
+    host.told["live-restore"] = False
+    assert host.engine.apply(WANTED, restart=False)["action"] == "reloaded"
+    assert host.told["live-restore"]
+    assert host.engine.apply(WANTED, restart=False)["action"] == ""
+    # of other keys nobody can tell, so a file that was not as it should be is read in any case
+    assert host.engine.apply(WANTED, restart=False, replaced=True)["action"] == "reloaded"
 
 
 def test_upgraded_programs_are_due_for_a_restart(host: Host) -> None:
