@@ -86,7 +86,8 @@ def parse_policy(output: str) -> dict[str, dict[str, Any]]:
             if words[0] == "Candidate:":
                 package["candidate"] = "" if words[1] == "(none)" else words[1]
             elif line.startswith((" *** ", "     ")) and not line.startswith("        ") and len(words) >= 2:
-                version = words[1] if words[0] == "***" else words[0]
+                # one with a priority below 0 is not to be installed
+                version = "" if words[-1].startswith("-") else words[1] if words[0] == "***" else words[0]
             # A source below the version: what is only installed can not be installed once more.
             elif (
                 line.startswith("        ")
