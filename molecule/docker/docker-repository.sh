@@ -8,7 +8,8 @@ apt-get update -q
 apt-get install -y -q --no-install-recommends apt-utils gnupg
 apt-get clean
 architecture=$(dpkg --print-architecture)
-repository=/srv/docker
+keys=/srv/docker
+repository=$keys/debian
 release=$repository/dists/trixie
 mkdir -p "$repository/pool" "$release/stable/binary-$architecture" /tmp/build
 cd /tmp/build
@@ -60,7 +61,7 @@ mkdir -p -m 0700 "$GNUPGHOME"
 gpg --batch --quiet --passphrase '' --quick-gen-key 'stand-in for Docker <docker@example.com>' ed25519 default never
 gpg --batch --quiet --passphrase '' --quick-gen-key 'somebody else <else@example.com>' ed25519 default never
 gpg --batch --yes --local-user docker@example.com --clearsign --output "$release/InRelease" "$release/Release"
-gpg --armor --export docker@example.com >"$repository/gpg"
-gpg --armor --export else@example.com >"$repository/other-key"
-gpg --with-colons --list-keys docker@example.com | awk -F: '/^fpr/ {print $10; exit}' >"$repository/fingerprint"
+gpg --armor --export docker@example.com >"$keys/gpg"
+gpg --armor --export else@example.com >"$keys/other-key"
+gpg --with-colons --list-keys docker@example.com | awk -F: '/^fpr/ {print $10; exit}' >"$keys/fingerprint"
 rm -r /tmp/build

@@ -278,7 +278,7 @@ def test_another_file_for_the_same_repository_is_disabled(vendor: Host) -> None:
     """Two keys for one repository make every call of apt fail."""
     path = "/etc/apt/sources.list.d/docker.list"
     vendor.check_output(
-        f"echo 'deb [signed-by=/usr/share/keyrings/other.gpg] file:///srv/docker trixie stable' >{path}"
+        f"echo 'deb [signed-by=/usr/share/keyrings/other.gpg] file:///srv/docker/debian trixie stable' >{path}"
     )
     assert "Conflicting values set for option Signed-By" in vendor.run("apt-get update").stderr
     assert changed(applied(vendor, "docker"))
