@@ -180,7 +180,8 @@ def versions() -> str:
     ]
     for role in roles():
         for name, option in entry(role).get("options", {}).items():
-            if re.search(r"_versions?$", name) and option.get("default") not in (None, "", [], {}):
+            named = re.search(r"_versions?$", name) and "_minimum_" not in name
+            if named and option.get("default") not in (None, "", [], {}):
                 value = option["default"]
                 shown = cell(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
                 lines.append(f"| {role} | `{name}` | `{shown}` |")
