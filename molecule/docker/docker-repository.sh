@@ -39,7 +39,7 @@ build() {
 }
 
 tail='1~debian.13~trixie'
-for version in 28.3.2 28.5.2 29.1.3; do
+for version in 28.5.2 29.1.3; do
   build docker.io docker-ce "5:$version-$tail" "$(outside docker.io), containerd.io (>= 1.7.27), docker-ce-cli" \
     'docker.io'
   build docker-cli docker-ce-cli "5:$version-$tail" "$(outside docker-cli)" 'docker-cli'
