@@ -162,6 +162,8 @@ class Toolkit:
                 after = self.look()
                 if after["due"]:
                     said = f"; `nvidia-ctk cdi generate` says: {(error or output).strip()}" if status else ""
+                    if "missing" in after["reason"]:
+                        said += ". A GPU in MIG mode that has no instances yet can be given to nobody: `nvidia-smi mig -lgi` lists them"
                     raise ToolkitError(
                         f"the specification of the GPUs is not right after it was made again: {after['reason']}{said}"
                     )

@@ -71,7 +71,9 @@ def is_version(text: str) -> bool:
 
 def means(wanted: str, version: str) -> bool:
     """Whether a version of a package is the one that is asked for: by its whole version, or by that of the program."""
-    return wanted in (version, split(version)[1])
+    upstream = split(version)[1]
+    # what a distribution adds to it, such as +dfsg1, is not the program's
+    return wanted in (version, upstream, upstream.partition("+")[0])
 
 
 def parse_policy(output: str) -> dict[str, dict[str, Any]]:

@@ -148,6 +148,16 @@ def test_what_cannot_be_made_is_an_error(host: Host) -> None:
         host.toolkit.refresh()
 
 
+def test_a_gpu_that_nobody_can_have_is_named(host: Host) -> None:
+    """As one in MIG mode that has no instances: the driver shows it, the toolkit leaves it out."""
+    host.generate()
+    text = host.toolkit.spec.read_text().replace(f"    - name: {G1}\n", "")
+    host.generate = lambda: host.write("/run/cdi/nvidia.yaml", text)  # type: ignore[method-assign]
+    host.generate()
+    with pytest.raises(ToolkitError, match=rf"{G1} missing\. A GPU in MIG mode that has no instances"):
+        host.toolkit.refresh()
+
+
 def test_gpus_that_were_divided_since(host: Host) -> None:
     host.generate()
     host.smi = (0, DIVIDED, "")

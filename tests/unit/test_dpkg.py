@@ -98,6 +98,7 @@ def test_a_version_is_asked_for_as_the_program_or_as_the_package_has_it() -> Non
     assert [dpkg.means(wanted, version) for wanted in ("28.5.2", version, "28.5", "5:28.5.2", "28.5.20")] == [
         True, True, False, False, False,
     ]  # fmt: skip
+    assert dpkg.means("26.1.5", "26.1.5+dfsg1-9+deb13u1")
     assert [dpkg.is_version(text) for text in ("5:28.5.2-1~x", "1.20.0", "", "latest", "28 5", "28.*")] == [
         True, True, False, False, False, False,
     ]  # fmt: skip
