@@ -1,0 +1,28 @@
+# Copyright: the vLLM Fleet authors
+# SPDX-License-Identifier: Apache-2.0
+"""Filters for the roles nvidia_driver and cuda_toolkit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ansible_collections.gpufleet.llm.plugins.module_utils import nvidia_plan
+
+
+def nvidia_plan_(findings: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is to be done about the driver."""
+    return nvidia_plan.decide(findings, settings)
+
+
+def nvidia_preferences(source: str) -> str:
+    """apt's preferences that keep the driver's packages of all sources but one away."""
+    return nvidia_plan.preferences(source)
+
+
+class FilterModule:
+    """Makes the filters known to Ansible."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """The filters by name."""
+        return {"nvidia_plan": nvidia_plan_, "nvidia_preferences": nvidia_preferences}
