@@ -4,15 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from ansible_collections.gpufleet.llm.plugins.module_utils import nvidia_plan
-
-
-def nvidia_plan_(findings: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What is to be done about the driver."""
-    return nvidia_plan.decide(findings, settings)
 
 
 def nvidia_preferences(source: str) -> str:
@@ -25,4 +20,4 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """The filters by name."""
-        return {"nvidia_plan": nvidia_plan_, "nvidia_preferences": nvidia_preferences}
+        return {"nvidia_preferences": nvidia_preferences}

@@ -302,7 +302,7 @@ def userspace_version(packages: Mapping[str, Mapping[str, str]]) -> str:
 
 def parse_modinfo(text: str) -> dict[str, str]:
     """Version, flavour, signer and kind of a module on disk, from `modinfo nvidia`."""
-    fields = {}
+    fields: dict[str, str] = {}
     for line in text.splitlines():
         name, colon, value = line.partition(":")
         if colon:

@@ -56,13 +56,13 @@ def decide(found: Found, wanted: Found) -> dict[str, Any]:
     The decision.
 
     action: none (no GPU), leave, install, upgrade, remove or refuse; reason: why, in a sentence; advice: what to do when it is refused.
-    source, branch, flavour, packages, held_back: what is installed, and how apt is asked for it.
+    source, branch, version, flavour; pin, packages and optional: what apt is asked for; downgrade: whether versions may go down.
     activate: nothing, load, reload or reboot, for a driver that is installed and not in use; blocked: why that may not be done.
     fabric, holds, unholds, leftovers, services: what else is not as wanted. warnings, unproved: what a person should know, and what is broken.
     """
     result: dict[str, Any] = {
         "action": "leave", "reason": "", "advice": "", "warnings": [], "unproved": [], "managed": False, "expected_gpus": expected(found, wanted),
-        "source": "", "branch": "", "version": "", "flavour": "", "pin": [], "names": [], "packages": [], "downgrade": False,
+        "source": "", "branch": "", "version": "", "flavour": "", "pin": [], "packages": [], "optional": "", "downgrade": False,
         "activate": "", "activate_reasons": [], "blocked": "", "fabric": [], "holds": [], "unholds": [], "leftovers": [], "services": [],
     }  # fmt: skip
     try:
@@ -195,11 +195,13 @@ def aim(found: Found, wanted: Found) -> dict[str, Any]:
             "Set nvidia_driver_source: nvidia.",
         )
     names = next(part for part in entry["packages"] if int(branch) >= part["from"])
-    fill = {"branch": branch, "kernel": kernel, "running": found["kernel"]["running"], "version": version or branch}
+    fill = {"branch": branch, "version": version or branch, "open": "-open" if flavour == "open" else ""}
+    fill.update(kernel=kernel, running=found["kernel"]["running"])
     packages = [name.format(**fill) for name in [*names["first"], *names[flavour]]]
     return {
         "source": source, "branch": branch, "version": version, "flavour": flavour,
         "pin": [name.format(**fill) for name in names.get("pin", [])],
+        "optional": names["running"].format(**fill),
         "names": packages,
         "packages": [name + wildcard(name, branch, version, entry["versioned"]) for name in packages],
     }  # fmt: skip
@@ -293,7 +295,7 @@ def change(found: Found, wanted: Found, target: dict[str, Any], current: str, wa
     """Install, upgrade or leave: a driver that is ours to look after, or none."""
     what = f"{target['flavour']} modules, {target['version'] or 'branch ' + target['branch']}, from {SOURCES[target['source']]}"
     result: dict[str, Any] = {
-        key: target[key] for key in ("source", "branch", "version", "flavour", "pin", "names", "packages")
+        key: target[key] for key in ("source", "branch", "version", "flavour", "pin", "packages", "optional")
     }
     result["managed"] = True
     if not found["origin"]:
@@ -583,7 +585,9 @@ def told(found: Found, result: Mapping[str, Any]) -> list[str]:
     if result["advice"]:
         lines.append(f"what to do: {result['advice']}")
     if result["packages"] and result["action"] in ("install", "upgrade"):
-        lines.append(f"packages: {' '.join([*result.get('pin', []), *result['packages']])}")
+        lines.append(
+            f"packages: {' '.join([*result['pin'], *result['packages']])}, and {result['optional']} where the source has it"
+        )
     if result["activate"]:
         lines.append(f"then: {result['activate']}, because {'; '.join(result['activate_reasons'])}")
     for key, title in (

@@ -13,7 +13,8 @@ short_description: Looks at the NVIDIA devices and the driver of a host
 description:
   - Says in one call what devices are on the PCI bus, which kernel modules are loaded and on disk, which packages there are and where they came
     from, what holds the devices, and what C(nvidia-smi) says. Changes nothing.
-  - The filter P(gpufleet.llm.nvidia_plan#filter) decides by it. For a short form that other roles go by see M(gpufleet.llm.host_facts).
+  - With O(settings) it also decides what is to be done, on the controller and without asking the host again.
+  - For a short form that other roles go by see M(gpufleet.llm.host_facts).
   - A source that is missing or broken gives an empty value, never a failure. A C(nvidia-smi) that hangs is not waited for.
 options:
   root:
@@ -24,6 +25,11 @@ options:
     description: Where C(/sys), C(/proc) and C(/dev) are. Another directory is for tests, which have no such devices.
     type: str
     default: /
+  settings:
+    description:
+      - What is wanted, to decide by. The variables of the role P(gpufleet.llm.nvidia_driver#role) without their prefix, and its table of sources.
+      - Without it nothing is decided.
+    type: dict
 attributes:
   check_mode:
     description: Changes nothing.
@@ -43,6 +49,38 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+plan:
+  description: What is to be done.
+  returned: when O(settings) is given
+  type: dict
+  contains:
+    action:
+      description: V(none) (there is no GPU), V(leave), V(install), V(upgrade), V(remove) or V(refuse).
+      type: str
+    reason:
+      description: Why.
+      type: str
+    advice:
+      description: What a person can do when it is refused.
+      type: str
+    told:
+      description: All of it in lines.
+      type: list
+      elements: str
+    activate:
+      description: How the driver gets into use, V(load), V(reload) or V(reboot); empty when it is in use.
+      type: str
+    blocked:
+      description: Why that may not be done.
+      type: str
+    unproved:
+      description: Why the host cannot serve with all of its GPUs.
+      type: list
+      elements: str
+    warnings:
+      description: What should not be forgotten.
+      type: list
+      elements: str
 findings:
   description: What was found.
   returned: always
@@ -142,6 +180,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.program import Progra
 ARGUMENTS: dict[str, Any] = {
     "root": {"type": "str", "default": "/"},
     "hardware": {"type": "str", "default": "/"},
+    "settings": {"type": "dict"},  # the action keeps it
 }
 
 

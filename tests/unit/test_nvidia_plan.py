@@ -21,7 +21,8 @@ no-gpu                 |                                            | none      
 no-gpu                 | expected_gpus: 1                           | refuse                        | no NVIDIA GPU is on the PCI bus
 passthrough            |                                            | none                          | 2 x 0x2330 (Hopper), given to guests
 
-bare-t4                |                                            | install ubuntu open 580       | linux-modules-nvidia-580-server-open-aws linux-modules-nvidia-580-server-open-6.8.0-1043-aws
+bare-t4                |                                            | install ubuntu open 580       | linux-modules-nvidia-580-server-open-aws nvidia-headless-no-dkms-580-server-open=580.*
+bare-t4                | manage: auto                               | install ubuntu open 580       | and linux-modules-nvidia-580-server-open-6.8.0-1043-aws where the source has it
 bare-t4                | flavour: proprietary                       | install ubuntu proprietary 580 | nvidia-headless-no-dkms-580-server=580.*
 bare-t4                | version: 580.159.03                        | install ubuntu open 580       | nvidia-utils-580-server=580.159.03-*
 bare-t4                | version: 580.95.05                         | refuse                        | security fixes of the branch 580 came with 580.159.03
@@ -107,7 +108,7 @@ lost-gpu               |                                            | leave     
 lost-gpu               |                                            | leave                         | warning: GPU 0 (0000:17:00.0) asks for a recovery action: GPU Reset
 mixed                  |                                            | refuse                        | come from more than one source
 
-bare-debian12          |                                            | install nvidia open 580       | linux-headers-cloud-amd64 linux-headers-6.1.0-41-cloud-amd64 nvidia-driver-cuda=580.*
+bare-debian12          |                                            | install nvidia open 580       | linux-headers-cloud-amd64 nvidia-driver-cuda=580.*
 bare-debian12          | source: debian                             | install debian open 535       | nvidia-smi nvidia-driver-bin libcuda1
 bare-debian12          | {source: debian, branch: "580"}            | refuse                        | Debian's archive has the branch 535 for Debian 12, not 580
 bare-debian13          |                                            | refuse                        | Secure Boot is on, and the modules of NVIDIA's repository are built on the host

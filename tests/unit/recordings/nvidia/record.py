@@ -48,9 +48,8 @@ def processes() -> str:
     lines = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            nodes = sorted(
-                {os.readlink(fd) for fd in (path / "fd").iterdir() if os.readlink(fd).startswith("/dev/nvidia")}
-            )  # noqa: PTH115
+            links = [str(entry.readlink()) for entry in (path / "fd").iterdir()]
+            nodes = sorted({link for link in links if link.startswith("/dev/nvidia")})
             name, group = (path / "comm").read_text().strip().replace(" ", "_"), (path / "cgroup").read_text()
         except OSError:
             continue
