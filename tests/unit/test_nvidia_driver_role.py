@@ -1,0 +1,106 @@
+"""The role nvidia_driver beyond its decision: whose turn it is, what its files say, and that its data fits together."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+ROLE = ROOT / "roles/nvidia_driver"
+TURN = ["drain", "look", "packages", "extras", "activate", "start", "verify", "undrain"]
+
+
+def load(path: str) -> Any:
+    return yaml.safe_load((ROLE / path).read_text())
+
+
+def turns(path: Path, fails: int = 0) -> list[str]:
+    """
+    Run the real turn.yml by the real loop of install.yml on three hosts; every file that it includes only says that it was there.
+
+    With `fails`, the verify.yml of the host whose turn has that number fails.
+    """
+    for name in TURN:
+        script = f"echo '{name} {{{{ inventory_hostname }}}}' >> {path}/log"
+        if name == "verify":
+            script += f"; test $(grep -c verify {path}/log) != {fails}"
+        (path / f"{name}.yml").write_text(yaml.safe_dump([{"ansible.builtin.shell": script}]))
+    shutil.copy(ROLE / "tasks/turn.yml", path)
+    (loop,) = [task for task in load("tasks/install.yml") if task.get("ansible.builtin.include_tasks") == "turn.yml"]
+    variables = {
+        "ansible_connection": "local",
+        "ansible_python_interpreter": sys.executable,
+        "__nvidia_driver_look": {"plan": {"action": "upgrade", "activate": "reboot", "services": ["x"]}},
+        "__nvidia_driver_extras_due": True,
+        "nvidia_driver_drain_tasks": f"{path}/drain.yml",
+        "nvidia_driver_undrain_tasks": f"{path}/undrain.yml",
+    }
+    play = {"hosts": "all", "gather_facts": False, "vars": variables, "tasks": [loop]}
+    (path / "play.yml").write_text(yaml.safe_dump([play]))
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "a,b,c", str(path / "play.yml")],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "LC_ALL": "C.UTF-8"},
+    )  # fmt: skip
+    assert bool(done.returncode) == bool(fails), done.stdout + done.stderr
+    return (path / "log").read_text().split("\n")[:-1]
+
+
+def test_one_host_after_the_other_gets_its_turn(tmp_path: Path) -> None:
+    said = turns(tmp_path)
+    order = list(dict.fromkeys(line.split()[1] for line in said))
+    assert sorted(order) == ["a", "b", "c"]  # in whatever order Ansible takes them
+    assert said == [f"{name} {host}" for host in order for name in TURN]
+
+
+def test_after_a_host_that_fails_nobody_gets_a_turn_and_it_stays_out_of_service(tmp_path: Path) -> None:
+    said = turns(tmp_path, fails=2)
+    first, second = dict.fromkeys(line.split()[1] for line in said)
+    assert said == [f"{name} {first}" for name in TURN] + [f"{name} {second}" for name in TURN[:-1]]
+
+
+def test_the_settings_of_the_decision_are_the_variables_of_the_role() -> None:
+    settings = load("vars/main.yml")["__nvidia_driver_settings"]
+    defaults = load("defaults/main.yml")
+    for name, value in settings.items():
+        assert value == ("{{ __nvidia_driver_sources }}" if name == "sources" else f"{{{{ nvidia_driver_{name} }}}}")
+        assert name == "sources" or f"nvidia_driver_{name}" in defaults
+
+
+def test_every_source_has_packages_for_both_flavours_and_every_floor() -> None:
+    internal = load("vars/main.yml")
+    parts = [*internal["__nvidia_driver_nvidia_packages"].values(), *(
+        entry["packages"] for name, entry in internal["__nvidia_driver_sources"].items() if name != "nvidia"
+    )]  # fmt: skip
+    for listed in parts:
+        assert [part["from"] for part in listed] == sorted((part["from"] for part in listed), reverse=True)
+        assert listed[-1]["from"] == 0, "the oldest branches have no names"
+        for part in listed:
+            assert part["open"] and part["proprietary"] and part["running"]
+    for branch, floor in load("defaults/main.yml")["nvidia_driver_floors"].items():
+        assert str(floor).startswith(f"{branch}.")
+
+
+def test_hashes_are_hashes() -> None:
+    for place, digest in load("vars/main.yml")["__nvidia_driver_keyring_hashes"].items():
+        assert len(bytes.fromhex(digest)) == 32, place
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd here")
+def test_the_unit_is_one_that_systemd_understands(tmp_path: Path) -> None:
+    unit = tmp_path / "vllm-fleet-nvidia-nodes.service"
+    text = (ROLE / "templates/etc/systemd/system/vllm-fleet-nvidia-nodes.service.j2").read_text()
+    unit.write_text(text.replace("/usr/local/lib/vllm-fleet/nvidia-nodes", "/bin/true"))
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert "vllm-fleet-nvidia-nodes" not in done.stderr, done.stderr
+
+
+def test_the_script_that_makes_nodes_is_a_shell_script() -> None:
+    script = (ROLE / "templates/usr/local/lib/vllm-fleet/nvidia-nodes.j2").read_text()
+    subprocess.run(["sh", "-n"], input=script, text=True, check=True)
