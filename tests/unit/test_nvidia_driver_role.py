@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.nvidia import Machine
+
 ROOT = Path(__file__).resolve().parents[2]
 ROLE = ROOT / "roles/nvidia_driver"
 TURN = ["drain", "look", "packages", "extras", "activate", "start", "verify", "undrain"]
@@ -104,3 +106,69 @@ def test_the_unit_is_one_that_systemd_understands(tmp_path: Path) -> None:
 def test_the_script_that_makes_nodes_is_a_shell_script() -> None:
     script = (ROLE / "templates/usr/local/lib/vllm-fleet/nvidia-nodes.j2").read_text()
     subprocess.run(["sh", "-n"], input=script, text=True, check=True)
+
+
+# --- the role in check mode, on recorded machines -------------------------------------------------------------------
+
+
+def checked(path: Path, machine: str, **variables: Any) -> tuple[int, str]:
+    """Run the role with --check against this machine, with the files and devices of a recorded one. Nothing is changed."""
+    (path / "machine").mkdir()
+    found = Machine(machine, path / "machine").findings()
+    facts = {
+        "distribution": found["distribution"], "release": found["release"], "codename": "noble", "architecture": "x86_64", "container": "",
+        "packages": {}, "units": {}, "service_manager": "systemd", "gpus": [], "gpu_error": "",
+    }  # fmt: skip
+    play = {
+        "hosts": "all",
+        "gather_facts": False,
+        "vars": {
+            "ansible_connection": "local", "ansible_python_interpreter": sys.executable, "__host_support_facts": {"changed": False},
+            "__nvidia_driver_test_root": f"{path}/machine", "__nvidia_driver_test_hardware": f"{path}/machine", **variables,
+        },
+        "tasks": [
+            {"ansible.builtin.set_fact": {"gpufleet": facts, "cacheable": True}},
+            {"ansible.builtin.include_role": {"name": "gpufleet.llm.nvidia_driver"}},
+        ],
+    }  # fmt: skip
+    (path / "play.yml").write_text(yaml.safe_dump([play]))
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "here,", str(path / "play.yml"), "--check", "--diff"],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "LC_ALL": "C.UTF-8"},
+    )  # fmt: skip
+    # Ansible shows texts as YAML, with line breaks and doubled quotes of its own.
+    return done.returncode, " ".join((done.stdout + done.stderr).split()).replace("''", "'")
+
+
+def test_a_bare_host_is_told_what_would_be_done_and_shown_the_files(tmp_path: Path) -> None:
+    code, said = checked(tmp_path, "bare-h100x8", nvidia_driver_version="580.159.03")
+    assert code == 0, said
+    assert "decision: install: open modules, 580.159.03, from Ubuntu's archive" in said
+    assert "nvidia-headless-no-dkms-580-server-open=580.159.03-*" in said
+    assert "+Pin: release l=NVIDIA CUDA" in said
+    assert "+Pin: release o=Ubuntu" not in said
+    assert "+blacklist nouveau" in said
+    assert "ExecStart=/usr/bin/nvidia-persistenced --user nvidia-persistenced --persistence-mode" in said
+    assert "failed=0" in said
+
+
+def test_with_nvidias_repository_a_mirror_is_the_only_source(tmp_path: Path) -> None:
+    mirror = "https://mirror.example/cuda/ubuntu2404/x86_64"
+    code, said = checked(tmp_path, "bare-b200x8", nvidia_driver_source="nvidia", nvidia_driver_repository_url=mirror)
+    assert code == 0, said
+    assert f"+deb [signed-by=/usr/share/keyrings/cuda-archive-keyring.gpg] {mirror}/ /" in said
+    assert "/etc/apt/sources.list.d/cuda-ubuntu2404-x86_64.list" in said
+    assert "+Pin: release o=Ubuntu" in said
+    assert "+Pin: release l=NVIDIA CUDA" not in said
+
+
+def test_a_refusal_and_a_mistake_are_told_before_anything_is_done(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    code, said = checked(tmp_path / "a", "runfile-broken")
+    assert code
+    assert "Remove it by nvidia-uninstall, reboot, and run again" in said
+    code, said = checked(tmp_path / "b", "bare-t4", nvidia_driver_version="580", nvidia_driver_branch="580-server")
+    assert code
+    assert "it is a whole version such as 580.159.03" in said
+    assert "it is auto or three digits in quotes" in said

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +229,56 @@ def test_the_preferences_shut_out_all_sources_but_one(source: str) -> None:
     assert nvidia_plan.APT_RELEASES[source] not in text
     assert text.count("Pin-Priority: -1") == len(nvidia_plan.APT_RELEASES) - 1
     assert all(line.startswith(("Package: ", "Pin: ", "Pin-Priority: ")) or not line for line in text.splitlines())
+
+
+@pytest.mark.skipif(not shutil.which("apt-cache"), reason="no apt here")
+def test_apt_reads_the_preferences_as_they_are_meant(tmp_path: Path) -> None:
+    """The real apt, with lists and a status file of its own: what it would install from which source."""
+    lists, state = tmp_path / "lists", tmp_path / "state"
+    (lists / "partial").mkdir(parents=True)
+    state.mkdir()
+    (state / "status").touch()
+    sources = []
+    for label, origin, version in (
+        ("NVIDIA CUDA", "NVIDIA", "590.48.01-1ubuntu1"),
+        ("Ubuntu", "Ubuntu", "580.159.03-0ubuntu0.24.04.1"),
+    ):
+        name = f"{label.replace(' ', '-').lower()}.example_ubuntu_dists_stable"
+        sources.append(f"deb [trusted=yes] http://{label.replace(' ', '-').lower()}.example/ubuntu stable main\n")
+        (lists / f"{name}_Release").write_text(
+            f"Origin: {origin}\nLabel: {label}\nSuite: stable\nCodename: stable\nComponents: main\nArchitectures: amd64 arm64\n"
+        )
+        packages = ["libnvidia-compute", "libnvidia-container1", "nvidia-utils", "cuda-nvcc-13-0"]
+        (lists / f"{name}_main_binary-amd64_Packages").write_text(
+            "\n".join(
+                f"Package: {package}\nVersion: {version}\nArchitecture: all\nFilename: x\nSize: 1\nSHA256: {'0' * 64}\n"
+                for package in packages
+            )
+        )
+    (tmp_path / "sources.list").write_text("".join(sources))
+
+    def candidates(source: str) -> dict[str, str]:
+        (tmp_path / "preferences").write_text(f"# a comment\n\n{nvidia_plan.preferences(source)}")
+        options = {
+            "Dir::Etc::SourceList": tmp_path / "sources.list", "Dir::Etc::SourceParts": "/dev/null", "Dir::Etc::Preferences": tmp_path / "preferences",
+            "Dir::Etc::PreferencesParts": "/dev/null", "Dir::State::Lists": lists, "Dir::State::Status": state / "status", "Dir::Cache": tmp_path / "cache",
+            "APT::Architecture": "amd64", "APT::Architectures": "amd64", "Dir::Cache::pkgcache": "", "Dir::Cache::srcpkgcache": "",
+        }  # fmt: skip
+        command = [
+            "apt-cache",
+            *(f"-o{name}={value}" for name, value in options.items()),
+            "policy",
+            "libnvidia-compute",
+            "libnvidia-container1",
+            "nvidia-utils",
+        ]
+        said = subprocess.run(
+            command, capture_output=True, text=True, check=True, env={"LC_ALL": "C", "PATH": "/usr/bin:/bin"}
+        )
+        assert not said.stderr, said.stderr
+        return dict(re.findall(r"^(\S+):\n.*\n +Candidate: (\S+)", said.stdout, re.MULTILINE))
+
+    ubuntu, nvidia = "580.159.03-0ubuntu0.24.04.1", "590.48.01-1ubuntu1"
+    assert candidates("ubuntu") == {"libnvidia-compute": ubuntu, "libnvidia-container1": nvidia, "nvidia-utils": ubuntu}
+    assert candidates("nvidia") == {"libnvidia-compute": nvidia, "libnvidia-container1": nvidia, "nvidia-utils": nvidia}
+    assert candidates("debian")["libnvidia-compute"] == "(none)"
