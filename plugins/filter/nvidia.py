@@ -4,15 +4,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ansible_collections.gpufleet.llm.plugins.module_utils import nvidia_plan
 
 
-def nvidia_preferences(source: str) -> str:
-    """apt's preferences that keep the driver's packages of all sources but one away."""
-    return nvidia_plan.preferences(source)
+def nvidia_preferences(source: str, shut_out: Sequence[str] | None = None) -> str:
+    """apt's preferences that keep the driver's packages of all sources but one away, or of those that are named."""
+    return nvidia_plan.preferences(source, nvidia_plan.APT_RELEASES if shut_out is None else shut_out)
 
 
 class FilterModule:

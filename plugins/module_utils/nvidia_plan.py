@@ -654,11 +654,11 @@ APT_RELEASES = {
 }
 
 
-def preferences(source: str, names: Iterable[str] = APT_NAMES) -> str:
-    """apt's preferences that keep the driver's packages of all sources but one away, whatever their versions are."""
-    packages = " ".join(names)
+def preferences(source: str, shut_out: Iterable[str] = APT_RELEASES) -> str:
+    """apt's preferences that keep the driver's packages of other sources than this one away, whatever their versions are."""
+    packages = " ".join(APT_NAMES)
     return "\n".join(
-        f"Package: {packages}\nPin: release {release}\nPin-Priority: -1\n"
-        for other, release in APT_RELEASES.items()
+        f"Package: {packages}\nPin: release {APT_RELEASES[other]}\nPin-Priority: -1\n"
+        for other in shut_out
         if other != source
     )
