@@ -10,9 +10,14 @@ from typing import Any
 from ansible_collections.gpufleet.llm.plugins.module_utils import nvidia_plan
 
 
-def nvidia_preferences(source: str, shut_out: Sequence[str] | None = None) -> str:
+def nvidia_preferences(source: str, shut_out: Sequence[str] | None = None, version: str = "") -> str:
     """apt's preferences that keep the driver's packages of all sources but one away, or of those that are named."""
-    return nvidia_plan.preferences(source, nvidia_plan.APT_RELEASES if shut_out is None else shut_out)
+    return nvidia_plan.preferences(source, nvidia_plan.APT_RELEASES if shut_out is None else shut_out, version)
+
+
+def nvidia_fitting(shown: str, names: Sequence[str], version: str) -> list[str]:
+    """Those of the packages that a source has for a version of the driver."""
+    return nvidia_plan.fitting(shown, names, version)
 
 
 class FilterModule:
@@ -20,4 +25,4 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """The filters by name."""
-        return {"nvidia_preferences": nvidia_preferences}
+        return {"nvidia_preferences": nvidia_preferences, "nvidia_fitting": nvidia_fitting}

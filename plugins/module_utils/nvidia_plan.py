@@ -62,7 +62,7 @@ def decide(found: Found, wanted: Found) -> dict[str, Any]:
     """
     result: dict[str, Any] = {
         "action": "leave", "reason": "", "advice": "", "warnings": [], "unproved": [], "managed": False, "expected_gpus": expected(found, wanted),
-        "source": "", "branch": "", "version": "", "flavour": "", "pin": [], "packages": [], "optional": "", "downgrade": False,
+        "source": "", "branch": "", "version": "", "flavour": "", "pin": [], "packages": [], "optional": [], "downgrade": False,
         "activate": "", "activate_reasons": [], "blocked": "", "fabric": [], "holds": [], "unholds": [], "leftovers": [], "services": [],
     }  # fmt: skip
     try:
@@ -197,13 +197,16 @@ def aim(found: Found, wanted: Found) -> dict[str, Any]:
     names = next(part for part in entry["packages"] if int(branch) >= part["from"])
     fill = {"branch": branch, "version": version or branch, "open": "-open" if flavour == "open" else ""}
     fill.update(kernel=kernel, running=found["kernel"]["running"])
-    packages = [name.format(**fill) for name in [*names["first"], *names[flavour]]]
+    names_wanted = [name.format(**fill) for name in [*names["first"], *names[flavour]]]
+    # Of an exact version there may be modules for the running kernel only: nvidia_fitting finds out.
+    kernels = [name for name in names_wanted if version and name.startswith("linux-modules-nvidia-")]
+    required = [name for name in names_wanted if name not in kernels]
     return {
         "source": source, "branch": branch, "version": version, "flavour": flavour,
         "pin": [name.format(**fill) for name in names.get("pin", [])],
-        "optional": names["running"].format(**fill),
-        "names": packages,
-        "packages": [name + wildcard(name, branch, version, entry["versioned"]) for name in packages],
+        "names": required,
+        "packages": [name + wildcard(name, branch, version, entry["versioned"]) for name in required],
+        "optional": [names["running"].format(**fill), *kernels],
     }  # fmt: skip
 
 
@@ -586,7 +589,7 @@ def told(found: Found, result: Mapping[str, Any]) -> list[str]:
         lines.append(f"what to do: {result['advice']}")
     if result["packages"] and result["action"] in ("install", "upgrade"):
         lines.append(
-            f"packages: {' '.join([*result['pin'], *result['packages']])}, and {result['optional']} where the source has it"
+            f"packages: {' '.join([*result['pin'], *result['packages']])}, and {' '.join(result['optional'])} where the source has it"
         )
     if result["activate"]:
         lines.append(f"then: {result['activate']}, because {'; '.join(result['activate_reasons'])}")
@@ -654,11 +657,48 @@ APT_RELEASES = {
 }
 
 
-def preferences(source: str, shut_out: Iterable[str] = APT_RELEASES) -> str:
-    """apt's preferences that keep the driver's packages of other sources than this one away, whatever their versions are."""
+def preferences(source: str, shut_out: Iterable[str] = APT_RELEASES, version: str = "") -> str:
+    """
+    apt's preferences that keep the driver's packages of other sources than this one away, whatever their versions are.
+
+    With a version, Ubuntu's packages of the driver are pinned to it: apt takes the newest of everything that a package depends on, and then
+    refuses, because they depend on each other by exact version. NVIDIA's repository has packages for that (nvidia-driver-pinning-*).
+    """
     packages = " ".join(APT_NAMES)
-    return "\n".join(
+    stanzas = [
         f"Package: {packages}\nPin: release {APT_RELEASES[other]}\nPin-Priority: -1\n"
         for other in shut_out
         if other != source
-    )
+    ]
+    if version and source == "ubuntu":
+        own = " ".join(name for name in APT_NAMES if not name.startswith("linux-"))
+        stanzas.append(f"Package: {own}\nPin: version {version}-0ubuntu0*\nPin-Priority: 1001\n")
+    return "\n".join(stanzas)
+
+
+def fitting(shown: str, names: Sequence[str], version: str) -> list[str]:
+    """
+    Those of the packages that a source has, as apt takes them, from what `apt-cache show` says of them.
+
+    With a version of the driver, modules that were built for it: they say so by `nvidia-kernel-common-580-server (>= 580.159.03)`. The metapackage
+    of a kernel's flavour fits when it depends on one that does.
+    """
+    found: dict[str, list[tuple[str, str]]] = {}
+    for paragraph in shown.split("\n\n"):
+        fields = dict(re.findall(r"^(Package|Version|Depends): (.*)$", paragraph, re.MULTILINE))
+        if fields.get("Package") in names:
+            found.setdefault(fields["Package"], []).append((fields.get("Version", ""), fields.get("Depends", "")))
+    chosen: dict[str, str] = {}
+    for name in names:
+        for number, depends in found.get(name, []):
+            on_modules = re.findall(r"(linux-modules-nvidia-\S+) \(= ([^)]+)\)", depends)
+            exact = re.search(r"nvidia-kernel-common-\S+ \(>= ([^)]+)\)", depends)
+            if not version or not (exact or on_modules):
+                chosen[name] = name
+                break
+            if (exact and exact[1] == version) or any(
+                chosen.get(other) == f"{other}={what}" for other, what in on_modules
+            ):
+                chosen[name] = f"{name}={number}"
+                break
+    return list(chosen.values())

@@ -124,6 +124,16 @@ def apt(base: Path, tmp_path: Path) -> Apt:
     return made
 
 
+def asked(apt: Apt, result: dict[str, Any]) -> list[str]:
+    """What the role hands to apt; its preferences are in place before."""
+    (apt.state / "preferences.d/50-vllm-fleet-nvidia").write_text(
+        nvidia_plan.preferences(result["source"], version=result["version"])
+    )
+    command = ["apt-cache", *apt.options, "show", *result["optional"]]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return [*result["packages"], *nvidia_plan.fitting(shown, result["optional"], result["version"])]
+
+
 def plan(path: Path, **variables: Any) -> dict[str, Any]:
     """The decision for a bare machine."""
     path.mkdir()
@@ -134,18 +144,18 @@ def plan(path: Path, **variables: Any) -> dict[str, Any]:
 
 def test_the_archive_installs_upgrades_and_goes_back(apt: Apt, tmp_path: Path) -> None:
     old = plan(tmp_path / "a", version="580.126.09", allow_insecure=True)
-    installed = apt.install([*old["packages"], old["optional"]])
+    installed = apt.install(asked(apt, old))
     assert installed["libnvidia-compute-580-server"] == "580.126.09-0ubuntu0.24.04.1"
     assert installed["linux-modules-nvidia-580-server-open-6.8.0-88-generic"] == "6.8.0-88.89+1"
     newer = plan(tmp_path / "b", version="580.159.03")
-    installed = apt.install([*newer["packages"], newer["optional"]])
+    installed = apt.install(asked(apt, newer))
     assert installed["libnvidia-compute-580-server"] == "580.159.03-0ubuntu0.24.04.1"
     branch = plan(tmp_path / "c", branch="595")
-    installed = apt.install([*branch["packages"], branch["optional"]])
+    installed = apt.install(asked(apt, branch))
     assert "libnvidia-compute-580-server" not in installed
     assert installed["libnvidia-compute-595-server"].startswith("595.71.05")
     back = plan(tmp_path / "d", version="580.159.03")
-    installed = apt.install([*back["packages"], back["optional"]], "--allow-downgrades")
+    installed = apt.install(asked(apt, back), "--allow-downgrades")
     assert installed["libnvidia-compute-580-server"].startswith("580.159.03")
     assert "libnvidia-compute-595-server" not in installed
 
@@ -164,16 +174,15 @@ def test_modules_of_another_version_than_the_libraries_cannot_be_installed(apt: 
 def test_nvidias_repository_installs_pins_and_changes_the_branch(apt: Apt, base: Path, tmp_path: Path) -> None:
     with (apt.state / "sources.list").open("a") as file:
         file.write(f"deb [trusted=yes] file:{base}/nvidia ./\n")
-    (apt.state / "preferences.d/50-vllm-fleet-nvidia").write_text(nvidia_plan.preferences("nvidia"))
     apt("update")
     first = plan(tmp_path / "a", source="nvidia", branch="580")
     apt.install(first["pin"])
-    installed = apt.install([*first["packages"], first["optional"]])
+    installed = apt.install(asked(apt, first))
     assert installed["libnvidia-compute-580"] == "580.159.03-0ubuntu1"
     assert installed["nvidia-persistenced"] == "580.159.03-0ubuntu1"
     next_one = plan(tmp_path / "b", source="nvidia", branch="595")
     apt.install(next_one["pin"])
-    installed = apt.install([*next_one["packages"], next_one["optional"]])
+    installed = apt.install(asked(apt, next_one))
     assert installed["libnvidia-compute"] == "595.71.05-1ubuntu1"
     assert "libnvidia-compute-580" not in installed
 
