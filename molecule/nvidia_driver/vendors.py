@@ -62,7 +62,7 @@ hardware={base}/hardware
 module=/lib/modules/$(cat $hardware/proc/sys/kernel/osrelease)
 for name; do :; done
 test -n "$name" || exit 1
-if test "$1" = -r; then rm -rf $hardware/sys/module/$name; exit 0; fi
+if test "$1" = -r; then rm -rf $hardware/sys/module/$name $hardware/proc/driver; exit 0; fi
 case "$name" in
   nvidia)
     test -d $hardware/sys/module/nvidia && exit 0
@@ -134,9 +134,8 @@ class Repository:
             for data in [(self.directory / name).read_bytes()]
         )
         release = self.directory / "Release"
-        release.write_text(
-            f"Origin: {origin}\nLabel: {label}\nSuite: {suite}\nCodename: {suite}\nArchitectures: amd64\nSHA256:\n{sums}"
-        )
+        names = f"Suite: {suite}\nCodename: {suite}\n" if suite else ""
+        release.write_text(f"Origin: {origin}\nLabel: {label}\n{names}Architectures: amd64\nSHA256:\n{sums}")
         if key:
             signed = self.directory / "InRelease"
             signed.unlink(missing_ok=True)

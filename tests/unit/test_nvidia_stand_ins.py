@@ -187,6 +187,18 @@ def test_nvidias_repository_installs_pins_and_changes_the_branch(apt: Apt, base:
     assert "libnvidia-compute-580" not in installed
 
 
+def test_the_signature_of_the_repository_is_checked(apt: Apt, base: Path, tmp_path: Path) -> None:
+    key = tmp_path / "key.gpg"
+    key.write_bytes(
+        subprocess.run(["gpg", "--homedir", str(base / "key"), "--export"], check=True, capture_output=True).stdout
+    )
+    (apt.state / "sources.list").write_text(f"deb [signed-by={key}] file:{base}/nvidia/ /\n")
+    assert "Err" not in apt("update")
+    key.write_bytes(b"")
+    (apt.state / "sources.list").write_text(f"deb [signed-by={key}] file:{base}/nvidia/ /\n")
+    assert "signature" in apt("update", "-oAPT::Update::Error-Mode=any", good=False).lower()
+
+
 def test_the_two_do_not_mix(apt: Apt, base: Path, tmp_path: Path) -> None:
     first = plan(tmp_path / "a", branch="580")
     apt.install([*first["packages"], "nvidia-modprobe"])
