@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 KERNEL = "6.8.0-88-generic"
 ARCHIVE = ("535.309.01", "580.126.09", "580.159.03", "595.71.05")
@@ -160,7 +161,7 @@ def archive(base: Path, versions: Sequence[str]) -> None:
         server = f"{branch}-server"
         user = "getent passwd nvidia-persistenced >/dev/null || useradd --system --no-create-home --shell /usr/sbin/nologin nvidia-persistenced\n"
 
-        def only(name: str) -> dict[str, str]:
+        def only(name: str) -> dict[str, Any]:
             """One branch at a time, as the real packages have it: each provides a name that it conflicts with."""
             return {"Provides": name, "Conflicts": name, "Replaces": name}
 
@@ -239,7 +240,7 @@ def nvidia(base: Path) -> None:
         suffix, full = ("", f"{version}-1ubuntu1") if int(branch) >= 590 else (f"-{branch}", f"{version}-0ubuntu1")
         open_ = f"nvidia-dkms{suffix}-open"
 
-        def only(name: str, suffix: str = suffix) -> dict[str, str]:
+        def only(name: str, suffix: str = suffix) -> dict[str, Any]:
             return {"Provides": name, "Conflicts": name, "Replaces": name} if suffix else {}
 
         made.add(f"libnvidia-compute{suffix}", full, **only("libnvidia-compute"))
