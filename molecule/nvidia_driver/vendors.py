@@ -101,7 +101,7 @@ class Repository:
         control = f"Package: {name}\nVersion: {version}\nArchitecture: all\nMaintainer: {self.maintainer}\n"
         control += "".join(f"{field.replace('_', '-')}: {value}\n" for field, value in fields.items() if value)
         control += "Description: stand-in for a test\n"
-        deb = self.directory / f"{name}_{version.replace(':', '%3a')}_all.deb"
+        deb = self.directory / f"{name}_{version.rpartition(':')[2]}_all.deb"
         with tempfile.TemporaryDirectory() as temporary:
             tree = Path(temporary)
             tree.chmod(0o755)
@@ -203,12 +203,12 @@ def archive(base: Path, versions: Sequence[str]) -> None:
             Depends=f"{common} (>= {version}), {common} (<= {version}-1)",
         )  # fmt: skip
         made.add(f"{modules}-generic", f"6.8.0-88.89+{number}", Depends=f"{modules}-{KERNEL} (= 6.8.0-88.89+{number})")
-        made.add(f"nvidia-fabricmanager-{branch}", full, {"/lib/systemd/system/nvidia-fabricmanager.service": FABRIC})
-        made.add(f"libnvidia-nscq-{branch}", full)
+        fabric = {"/lib/systemd/system/nvidia-fabricmanager.service": FABRIC}
+        made.add(f"nvidia-fabricmanager-{branch}", full, fabric, **only("nvidia-fabricmanager"))
+        made.add(f"libnvidia-nscq-{branch}", full, **only("libnvidia-nscq"))
     made.add("nvidia-modprobe", "535.161.07-1")
     for name in ("linux-generic", "linux-image-generic", "linux-headers-generic", f"linux-headers-{KERNEL}"):
         made.add(name, "6.8.0-88.89")
-    made.add("dkms", "3.0.11-1ubuntu13")
     made.index("Ubuntu", "Ubuntu", "noble-updates")
 
 
@@ -268,6 +268,7 @@ def nvidia(base: Path) -> None:
         pinned = f"Package: *nvidia* cuda-drivers*\nPin: version {branch}.*\nPin-Priority: 1000\n"
         made.add(f"nvidia-driver-pinning-{branch}", f"{branch}-1", {"/etc/apt/preferences.d/nvidia-driver-pinning": pinned},
                  Provides="nvidia-driver-pinning", Conflicts="nvidia-driver-pinning", Replaces="nvidia-driver-pinning")  # fmt: skip
+    made.add("dkms", "1:3.2.1-1ubuntu2")
     made.add(
         "cuda-nvcc-13-0",
         "13.0.88-1",
