@@ -43,6 +43,7 @@ OTHER_PACKAGE = re.compile(
 LIBRARIES = (
     "usr/lib/*-linux-gnu/libnvidia-ml.so.*.*",
     "usr/lib64/libnvidia-ml.so.*.*",
+    "usr/local/nvidia/lib64/libnvidia-ml.so.*.*",
     "usr/lib/*-linux-gnu/nvidia/current/libnvidia-ml.so.*.*",
 )
 # The packages whose version is that of the driver in use, the best first: Ubuntu and NVIDIA, then Debian.

@@ -506,6 +506,13 @@ def problems(found: Found, wanted: Found) -> list[str]:
         said.append("versions differ: " + ", ".join(f"{who} {version}" for who, version in versions.items() if version))
     if fabric_wanted(found, wanted):
         said += fabric_problems(found)
+    # Also in a guest, whose machine runs the fabric manager.
+    for gpu in found["smi"]["gpus"]:
+        fabric = gpu["fabric"]
+        if fabric["state"] and (fabric["state"], fabric["status"]) != ("Completed", "Success"):
+            said.append(
+                f"GPU {gpu['index']} is not part of the fabric: {fabric['state']}, {fabric['status'] or 'no status'}"
+            )
     for gpu in smi["gpus"]:
         if gpu["remapped_rows"]["failure"]:
             said.append(f"GPU {gpu['index']} ({gpu['address']}) has no spare memory rows left; its vendor replaces it")
@@ -525,12 +532,6 @@ def fabric_problems(found: Found) -> list[str]:
         )
     if state != "active":
         said.append(f"nvidia-fabricmanager.service is {state or 'not there'}")
-    for gpu in found["smi"]["gpus"]:
-        fabric = gpu["fabric"]
-        if fabric["state"] and (fabric["state"], fabric["status"]) != ("Completed", "Success"):
-            said.append(
-                f"GPU {gpu['index']} is not part of the fabric: {fabric['state']}, {fabric['status'] or 'no status'}"
-            )
     return said
 
 

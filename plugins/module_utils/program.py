@@ -7,8 +7,8 @@ from __future__ import annotations
 import os
 import subprocess
 
-# Where root has its programs, for a login that does not look there.
-SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# Where root has its programs, for a login that does not look there; the last one is where a machine mounts those of its driver into a container.
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/nvidia/bin"
 
 
 class Program:

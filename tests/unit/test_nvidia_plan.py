@@ -75,6 +75,7 @@ h100x8-fabric-mismatch |                                            | leave     
 h100x8-fabric-mismatch | manage: always                             | leave                         | fabric manager: nvidia-fabricmanager-580=580.159.03-* libnvidia-nscq-580=580.159.03-*
 h100x8-fabric-mismatch | {manage: always, fabric_manager: false}    | leave                         | is as asked for
 h100x8-guest           | manage: always                             | leave                         | is as asked for
+h100x8-guest           |                                            | leave                         | works (8 GPUs)
 h200-container         |                                            | leave                         | works, and it is a matter of a container's machine
 h200-container         | {manage: always, branch: "595"}            | leave                         | works, and it is a matter of a container's machine
 bare-b200              |                                            | install ubuntu open 580       | Blackwell or newer
@@ -282,3 +283,42 @@ def test_apt_reads_the_preferences_as_they_are_meant(tmp_path: Path) -> None:
     assert candidates("ubuntu") == {"libnvidia-compute": ubuntu, "libnvidia-container1": nvidia, "nvidia-utils": ubuntu}
     assert candidates("nvidia") == {"libnvidia-compute": nvidia, "libnvidia-container1": nvidia, "nvidia-utils": nvidia}
     assert candidates("debian")["libnvidia-compute"] == "(none)"
+
+
+def test_a_guest_whose_machine_has_a_broken_fabric_is_not_proved(tmp_path: Path) -> None:
+    found = Machine("h100x8-guest", tmp_path).findings()
+    assert decided(found)["unproved"] == []
+    found["smi"]["gpus"][3]["fabric"] = {"state": "In Progress", "status": ""}
+    assert decided(found)["unproved"] == ["GPU 3 is not part of the fabric: In Progress, no status"]
+
+
+SHOWN = """\
+Package: linux-modules-nvidia-580-server-open-6.8.0-88-generic
+Version: 6.8.0-88.89+1
+Depends: nvidia-kernel-common-580-server (>= 580.178.04), nvidia-kernel-common-580-server (<= 580.178.04-1)
+
+Package: linux-modules-nvidia-580-server-open-6.8.0-88-generic
+Version: 6.8.0-88.89
+Depends: nvidia-kernel-common-580-server (>= 580.159.03), nvidia-kernel-common-580-server (<= 580.159.03-1)
+
+Package: linux-modules-nvidia-580-server-open-generic
+Version: 6.8.0-90.91
+Depends: linux-modules-nvidia-580-server-open-6.8.0-90-generic (= 6.8.0-90.91)
+
+Package: linux-headers-6.8.0-88-generic
+Version: 6.8.0-88.89
+Depends: linux-headers-6.8.0-88
+"""
+
+
+def test_modules_are_those_that_were_built_for_the_version() -> None:
+    modules, flavour = (
+        "linux-modules-nvidia-580-server-open-6.8.0-88-generic",
+        "linux-modules-nvidia-580-server-open-generic",
+    )
+    assert nvidia_plan.fitting(SHOWN, [modules, flavour], "580.159.03") == [f"{modules}=6.8.0-88.89"]
+    assert nvidia_plan.fitting(SHOWN, [modules], "580.126.09") == []
+    assert nvidia_plan.fitting(SHOWN, [modules], "") == [modules]
+    assert nvidia_plan.fitting(
+        SHOWN, ["linux-headers-6.8.0-88-generic", "linux-headers-6.8.0-1-generic"], "580.159.03"
+    ) == ["linux-headers-6.8.0-88-generic"]
