@@ -77,6 +77,7 @@ def decide(found: Found, wanted: Found) -> dict[str, Any]:
     if result["action"] in ("leave", "install", "upgrade"):
         result["warnings"] = [*result["warnings"], *warnings(found, wanted, result["action"])]
     result["told"] = told(found, result)
+    result["gpus"] = [gpu_text(gpu) for gpu in found["smi"]["gpus"]]
     return result
 
 
@@ -618,6 +619,23 @@ def devices_text(found: Found) -> str:
         kind += ", given to guests" if device["driver"] == "vfio-pci" else ""
         counted[kind] = counted.get(kind, 0) + 1
     return ", ".join(f"{count} x {kind}" for kind, count in counted.items()) or "none"
+
+
+def gpu_text(gpu: Found) -> str:
+    """A GPU and the state of its memory in words."""
+    said = [f"GPU {gpu['index']}: {gpu['name']}", f"{gpu['memory_mib']} MiB", f"driver {gpu['driver']}"]
+    if gpu["mig"]:
+        said.append(f"MIG, {len(gpu['mig_devices'])} parts")
+    count = gpu["ecc_uncorrected"]
+    said.append(f"ECC on, uncorrected errors {'not told' if count is None else count}" if gpu["ecc"] else "ECC off")
+    rows = gpu["remapped_rows"]
+    if rows["uncorrectable"] is not None:
+        said.append(
+            f"rows remapped for uncorrectable errors {rows['uncorrectable']}{', more at the next reset' if rows['pending'] else ''}"
+        )
+    if gpu["fabric"]["state"]:
+        said.append(f"fabric {gpu['fabric']['state']}")
+    return ", ".join(said)
 
 
 def gpus(found: Found) -> list[Mapping[str, Any]]:

@@ -111,10 +111,34 @@ def test_the_script_that_makes_nodes_is_a_shell_script() -> None:
 # --- the role in check mode, on recorded machines -------------------------------------------------------------------
 
 
-def checked(path: Path, machine: str, **variables: Any) -> tuple[int, str]:
+def programs(recorded: Machine, directory: Path) -> Path:
+    """Programs that say what those of the recorded machine said."""
+    directory.mkdir()
+    texts = {
+        "modinfo": next(
+            (answer.text for name, answer in recorded.answers.items() if name.startswith("modinfo") and answer.good), ""
+        )
+    }
+    texts["systemctl"] = recorded.answers["systemctl"].text
+    for name, text in texts.items():
+        (directory / f"{name}.txt").write_text(text)
+        (directory / name).write_text(f"#!/bin/sh\nexec cat {directory}/{name}.txt\n")
+    if (recorded.directory / "nvidia-smi.csv").exists():
+        smi = recorded.directory / "nvidia-smi"
+        (directory / "nvidia-smi").write_text(
+            f'#!/bin/sh\ncase "$*" in *-x*) exec cat {smi}.xml ;; *) exec cat {smi}.csv ;; esac\n'
+        )
+    for file in directory.iterdir():
+        file.chmod(0o755)
+    return directory
+
+
+def checked(path: Path, machine: str, tasks_from: str = "main", **variables: Any) -> tuple[int, str]:
     """Run the role with --check against this machine, with the files and devices of a recorded one. Nothing is changed."""
     (path / "machine").mkdir()
-    found = Machine(machine, path / "machine").findings()
+    recorded = Machine(machine, path / "machine")
+    found = recorded.findings()
+    shown = programs(recorded, path / "bin")
     facts = {
         "distribution": found["distribution"], "release": found["release"], "codename": "noble", "architecture": "x86_64", "container": "",
         "packages": {}, "units": {}, "service_manager": "systemd", "gpus": [], "gpu_error": "",
@@ -128,13 +152,14 @@ def checked(path: Path, machine: str, **variables: Any) -> tuple[int, str]:
         },
         "tasks": [
             {"ansible.builtin.set_fact": {"gpufleet": facts, "cacheable": True}},
-            {"ansible.builtin.include_role": {"name": "gpufleet.llm.nvidia_driver"}},
+            {"ansible.builtin.include_role": {"name": "gpufleet.llm.nvidia_driver", "tasks_from": tasks_from}},
         ],
     }  # fmt: skip
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "LC_ALL": "C.UTF-8"}
     (path / "play.yml").write_text(yaml.safe_dump([play]))
     done = subprocess.run(
         [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "here,", str(path / "play.yml"), "--check", "--diff"],
-        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "LC_ALL": "C.UTF-8"},
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**environment, "PATH": f"{shown}:{os.environ['PATH']}"},
     )  # fmt: skip
     # Ansible shows texts as YAML, with line breaks and doubled quotes of its own.
     return done.returncode, " ".join((done.stdout + done.stderr).split()).replace("''", "'")
@@ -172,3 +197,28 @@ def test_a_refusal_and_a_mistake_are_told_before_anything_is_done(tmp_path: Path
     assert code
     assert "it is a whole version such as 580.159.03" in said
     assert "it is auto or three digits in quotes" in said
+
+
+def test_the_proof_tells_the_gpus_or_fails(tmp_path: Path) -> None:
+    for name in ("good", "lost"):
+        (tmp_path / name).mkdir()
+    code, said = checked(tmp_path / "good", "mig", tasks_from="verify")
+    assert code == 0, said
+    assert (
+        "GPU 0: NVIDIA A100 80GB PCIe, 81920 MiB, driver 580.159.03, MIG, 3 parts, ECC on, uncorrected errors 0" in said
+    )
+    code, said = checked(tmp_path / "lost", "lost-gpu", tasks_from="verify")
+    assert code
+    assert "nvidia-smi shows 7 GPUs, and 8 are expected; missing is 0000:ed:00.0" in said
+
+
+def test_a_driver_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    code, said = checked(tmp_path, "cloud-image")
+    assert code == 0, said
+    assert (
+        "decision: leave: driver 550.90.07 from NVIDIA's repository works (1 GPU), and this role did not install it"
+        in said
+    )
+    assert "/etc/systemd/system/vllm-fleet-nvidia-nodes.service" in said
+    assert "/etc/apt/preferences.d" not in said
+    assert "/etc/modprobe.d" not in said
