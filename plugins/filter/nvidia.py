@@ -15,9 +15,9 @@ def nvidia_preferences(source: str, shut_out: Sequence[str] | None = None, versi
     return nvidia_plan.preferences(source, nvidia_plan.APT_RELEASES if shut_out is None else shut_out, version)
 
 
-def nvidia_fitting(shown: str, names: Sequence[str], version: str) -> list[str]:
+def nvidia_fitting(shown: str, names: Sequence[str], version: str, required: Sequence[str] = ()) -> list[str]:
     """Those of the packages that a source has for a version of the driver."""
-    return nvidia_plan.fitting(shown, names, version)
+    return nvidia_plan.fitting(shown, names, version, required)
 
 
 class FilterModule:

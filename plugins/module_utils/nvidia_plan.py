@@ -62,7 +62,7 @@ def decide(found: Found, wanted: Found) -> dict[str, Any]:
     """
     result: dict[str, Any] = {
         "action": "leave", "reason": "", "advice": "", "warnings": [], "unproved": [], "managed": False, "expected_gpus": expected(found, wanted),
-        "source": "", "branch": "", "version": "", "flavour": "", "pin": [], "packages": [], "optional": [], "downgrade": False,
+        "source": "", "branch": "", "version": "", "flavour": "", "pin": [], "packages": [], "optional": [], "required": [], "downgrade": False,
         "activate": "", "activate_reasons": [], "blocked": "", "fabric": [], "holds": [], "unholds": [], "leftovers": [], "services": [],
     }  # fmt: skip
     try:
@@ -74,6 +74,9 @@ def decide(found: Found, wanted: Found) -> dict[str, Any]:
         result.update(action="refuse", reason=error.reason, advice=error.advice)
     if result["action"] == "leave" and wanted["state"] == "present" and wanted["manage"] != "never":
         result.update(aftercare(found, wanted, result["managed"]))
+    if result["action"] in ("install", "upgrade", "remove"):
+        # apt takes no held package away, whatever it is allowed to change, and branches take each other's place. They are held again afterwards.
+        result["unholds"] = sorted(set(kept_together(found)) & set(found["holds"]))
     if result["action"] in ("leave", "install", "upgrade"):
         result["warnings"] = [*result["warnings"], *warnings(found, wanted, result["action"])]
     result["told"] = told(found, result)
@@ -200,14 +203,15 @@ def aim(found: Found, wanted: Found) -> dict[str, Any]:
     fill.update(kernel=kernel, running=found["kernel"]["running"])
     names_wanted = [name.format(**fill) for name in [*names["first"], *names[flavour]]]
     # Of an exact version there may be modules for the running kernel only: nvidia_fitting finds out.
-    kernels = [name for name in names_wanted if version and name.startswith("linux-modules-nvidia-")]
-    required = [name for name in names_wanted if name not in kernels]
+    kernels = [name for name in names_wanted if name.startswith("linux-modules-nvidia-")]
+    others = [name for name in names_wanted if name not in kernels]
     return {
         "source": source, "branch": branch, "version": version, "flavour": flavour,
         "pin": [name.format(**fill) for name in names.get("pin", [])],
-        "names": required,
-        "packages": [name + wildcard(name, branch, version, entry["versioned"]) for name in required],
+        "names": others if version else names_wanted,
+        "packages": [name + wildcard(name, branch, version, entry["versioned"]) for name in others],
         "optional": [names["running"].format(**fill), *kernels],
+        "required": [] if version else kernels,
     }  # fmt: skip
 
 
@@ -299,7 +303,8 @@ def change(found: Found, wanted: Found, target: dict[str, Any], current: str, wa
     """Install, upgrade or leave: a driver that is ours to look after, or none."""
     what = f"{target['flavour']} modules, {target['version'] or 'branch ' + target['branch']}, from {SOURCES[target['source']]}"
     result: dict[str, Any] = {
-        key: target[key] for key in ("source", "branch", "version", "flavour", "pin", "packages", "optional")
+        key: target[key]
+        for key in ("source", "branch", "version", "flavour", "pin", "packages", "optional", "required")
     }
     result["managed"] = True
     if not found["origin"]:
@@ -384,10 +389,7 @@ def aftercare(found: Found, wanted: Found, managed: bool) -> dict[str, Any]:
         result["blocked"] = (
             f"The host has to be rebooted: {'; '.join(reasons)}. Reboot it when it is drained, or set nvidia_driver_reboot: true."
         )
-    prebuilt = any(name.startswith("linux-modules-nvidia-") for name in found["packages"])
-    held = [
-        name for name in found["packages"] if DRIVER_PACKAGE.match(name) or (prebuilt and KERNEL_PACKAGE.match(name))
-    ]
+    held = kept_together(found)
     if managed:
         result["holds"] = sorted(set(held) - set(found["holds"])) if wanted["hold"] else []
         result["unholds"] = [] if wanted["hold"] else sorted(set(held) & set(found["holds"]))
@@ -396,6 +398,14 @@ def aftercare(found: Found, wanted: Found, managed: bool) -> dict[str, Any]:
     result["services"] = services(found, wanted)
     result["unproved"] = [] if how else problems(found, wanted)
     return result
+
+
+def kept_together(found: Found) -> list[str]:
+    """The installed packages that are held together: the driver, and with prebuilt modules the kernel."""
+    prebuilt = any(name.startswith("linux-modules-nvidia-") for name in found["packages"])
+    return [
+        name for name in found["packages"] if DRIVER_PACKAGE.match(name) or (prebuilt and KERNEL_PACKAGE.match(name))
+    ]
 
 
 def activation(found: Found) -> tuple[str, list[str]]:
@@ -591,7 +601,7 @@ def told(found: Found, result: Mapping[str, Any]) -> list[str]:
         lines.append(f"what to do: {result['advice']}")
     if result["packages"] and result["action"] in ("install", "upgrade"):
         lines.append(
-            f"packages: {' '.join([*result['pin'], *result['packages']])}, and {' '.join(result['optional'])} where the source has it"
+            f"packages: {' '.join([*result['pin'], *result['packages']])}, and {' '.join(result['optional'])} as the source has them"
         )
     if result["activate"]:
         lines.append(f"then: {result['activate']}, because {'; '.join(result['activate_reasons'])}")
@@ -695,12 +705,15 @@ def preferences(source: str, shut_out: Iterable[str] = APT_RELEASES, version: st
     return "\n".join(stanzas)
 
 
-def fitting(shown: str, names: Sequence[str], version: str) -> list[str]:
+def fitting(shown: str, names: Sequence[str], version: str, required: Sequence[str] = ()) -> list[str]:
     """
     Those of the packages that a source has, as apt takes them, from what `apt-cache show` says of them.
 
     With a version of the driver, modules that were built for it: they say so by `nvidia-kernel-common-580-server (>= 580.159.03)`. The metapackage
     of a kernel's flavour fits when it depends on one that does.
+
+    Modules always come with their own version: apt is told to install and not to upgrade, and would rather take away those of before.
+    What is required and not there is named all the same, so that apt says so.
     """
     found: dict[str, list[tuple[str, str]]] = {}
     for paragraph in shown.split("\n\n"):
@@ -712,12 +725,14 @@ def fitting(shown: str, names: Sequence[str], version: str) -> list[str]:
         for number, depends in found.get(name, []):
             on_modules = re.findall(r"(linux-modules-nvidia-\S+) \(= ([^)]+)\)", depends)
             exact = re.search(r"nvidia-kernel-common-\S+ \(>= ([^)]+)\)", depends)
-            if not version or not (exact or on_modules):
+            if not (exact or on_modules):
                 chosen[name] = name
                 break
-            if (exact and exact[1] == version) or any(
-                chosen.get(other) == f"{other}={what}" for other, what in on_modules
+            if (
+                not version
+                or (exact and exact[1] == version)
+                or any(chosen.get(other) == f"{other}={what}" for other, what in on_modules)
             ):
                 chosen[name] = f"{name}={number}"
                 break
-    return list(chosen.values())
+    return [*chosen.values(), *(name for name in required if name not in chosen)]

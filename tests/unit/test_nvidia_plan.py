@@ -23,8 +23,8 @@ no-gpu                 |                                            | none      
 no-gpu                 | expected_gpus: 1                           | refuse                        | no NVIDIA GPU is on the PCI bus
 passthrough            |                                            | none                          | 2 x 0x2330 (Hopper), given to guests
 
-bare-t4                |                                            | install ubuntu open 580       | linux-modules-nvidia-580-server-open-aws nvidia-headless-no-dkms-580-server-open=580.*
-bare-t4                | manage: auto                               | install ubuntu open 580       | and linux-modules-nvidia-580-server-open-6.8.0-1043-aws where the source has it
+bare-t4                |                                            | install ubuntu open 580       | nvidia-headless-no-dkms-580-server-open=580.* nvidia-utils-580-server=580.*
+bare-t4                | manage: auto                               | install ubuntu open 580       | and linux-modules-nvidia-580-server-open-6.8.0-1043-aws linux-modules-nvidia-580-server-open-aws as the source has them
 bare-t4                | flavour: proprietary                       | install ubuntu proprietary 580 | nvidia-headless-no-dkms-580-server=580.*
 bare-t4                | version: 580.159.03                        | install ubuntu open 580       | nvidia-utils-580-server=580.159.03-*
 bare-t4                | version: 580.95.05                         | refuse                        | security fixes of the branch 580 came with 580.159.03
@@ -318,7 +318,8 @@ def test_modules_are_those_that_were_built_for_the_version() -> None:
     )
     assert nvidia_plan.fitting(SHOWN, [modules, flavour], "580.159.03") == [f"{modules}=6.8.0-88.89"]
     assert nvidia_plan.fitting(SHOWN, [modules], "580.126.09") == []
-    assert nvidia_plan.fitting(SHOWN, [modules], "") == [modules]
+    assert nvidia_plan.fitting(SHOWN, [modules], "") == [f"{modules}=6.8.0-88.89+1"]
+    assert nvidia_plan.fitting(SHOWN, [modules], "", ["no-such"]) == [f"{modules}=6.8.0-88.89+1", "no-such"]
     assert nvidia_plan.fitting(
         SHOWN, ["linux-headers-6.8.0-88-generic", "linux-headers-6.8.0-1-generic"], "580.159.03"
     ) == ["linux-headers-6.8.0-88-generic"]

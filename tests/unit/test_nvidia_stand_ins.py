@@ -84,8 +84,11 @@ class Apt:
         return found
 
     def install(self, asked: list[str], *options: str) -> dict[str, str]:
-        """Simulate, note the result as installed, and return it."""
-        said = self("-s", "--no-install-recommends", *options, "install", *self.resolve(asked))
+        """Simulate, note the result as installed and held, and return it."""
+        self.unhold()
+        said = self(
+            "-s", "--no-install-recommends", "--allow-change-held-packages", *options, "install", *self.resolve(asked)
+        )
         installed = self.installed()
         for name in re.findall(r"^(?:Remv|Purg) (\S+)", said, re.MULTILINE):
             installed.pop(name, None)
@@ -96,11 +99,16 @@ class Apt:
                 if match := re.match(r"Package: (\S+)\nVersion: (\S+)\n", stanza):
                     stanzas[match.groups()] = re.sub(r"\n(Filename|Size|SHA256): .*", "", stanza)
         wanted = [
-            stanzas[entry].replace("\nArchitecture", "\nStatus: install ok installed\nArchitecture", 1)
+            stanzas[entry].replace("\nArchitecture", "\nStatus: hold ok installed\nArchitecture", 1)
             for entry in installed.items()
         ]
         (self.state / "status").write_text("\n\n".join(wanted) + "\n\n")
         return installed
+
+    def unhold(self) -> None:
+        """As the role does before a change."""
+        status = self.state / "status"
+        status.write_text(status.read_text().replace("hold ok installed", "install ok installed"))
 
     def installed(self) -> dict[str, str]:
         text = (self.state / "status").read_text()
@@ -131,7 +139,7 @@ def asked(apt: Apt, result: dict[str, Any]) -> list[str]:
     )
     command = ["apt-cache", *apt.options, "show", *result["optional"]]
     shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return [*result["packages"], *nvidia_plan.fitting(shown, result["optional"], result["version"])]
+    return [*result["packages"], *nvidia_plan.fitting(shown, result["optional"], result["version"], result["required"])]
 
 
 def plan(path: Path, **variables: Any) -> dict[str, Any]:
@@ -158,6 +166,22 @@ def test_the_archive_installs_upgrades_and_goes_back(apt: Apt, tmp_path: Path) -
     installed = apt.install(asked(apt, back), "--allow-downgrades")
     assert installed["libnvidia-compute-580-server"].startswith("580.159.03")
     assert "libnvidia-compute-595-server" not in installed
+
+
+def test_within_the_branch_the_modules_go_along(apt: Apt, tmp_path: Path) -> None:
+    apt.install(asked(apt, plan(tmp_path / "a", version="580.126.09", allow_insecure=True)))
+    installed = apt.install(asked(apt, plan(tmp_path / "b", branch="580")))
+    assert installed["libnvidia-compute-580-server"].startswith("580.159.03")
+    assert installed["linux-modules-nvidia-580-server-open-6.8.0-88-generic"] == "6.8.0-88.89+2"
+    assert installed["linux-modules-nvidia-580-server-open-generic"] == "6.8.0-88.89+2"
+
+
+def test_modules_that_no_source_has_are_named_so_that_apt_says_so(apt: Apt, tmp_path: Path) -> None:
+    wanted = asked(apt, plan(tmp_path / "a", kernel_flavour="oracle"))
+    assert "linux-modules-nvidia-580-server-open-oracle" in wanted
+    assert "Unable to locate package linux-modules-nvidia-580-server-open-oracle" in apt(
+        "-s", "install", *wanted[-1:], good=False
+    )
 
 
 def test_modules_of_another_version_than_the_libraries_cannot_be_installed(apt: Apt) -> None:
@@ -208,6 +232,8 @@ def test_the_two_do_not_mix(apt: Apt, base: Path, tmp_path: Path) -> None:
         "Package: *\nPin: release l=NVIDIA CUDA\nPin-Priority: 600\n"
     )
     apt("update")
+    assert "Inst " not in apt("-s", "dist-upgrade")  # as long as all is held
+    apt.unhold()
     assert "Inst nvidia-modprobe" in apt("-s", "dist-upgrade")  # it would, without the preferences of the role
     (apt.state / "preferences.d/50-vllm-fleet-nvidia").write_text(nvidia_plan.preferences("ubuntu"))
     assert "Inst " not in apt("-s", "dist-upgrade")
