@@ -25,6 +25,8 @@ ORDER = [
     "base",
     "firewall",
     "ssh_hardening",
+    "nvidia_driver",
+    "cuda_toolkit",
     "docker",
     "nvidia_container_toolkit",
     "uv",

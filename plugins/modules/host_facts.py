@@ -210,10 +210,31 @@ ansible_facts:
               description: What users may still fill, null when it was not asked for.
               type: int
         gpus:
-          description: GPUs as C(nvidia-smi) sees them, empty where it is not there. Section V(gpus).
+          description:
+            - GPUs as C(nvidia-smi) sees them, empty where it is not there. Section V(gpus).
+            - This is what roles go by. M(gpufleet.llm.nvidia_look) says more of the same, for those who look after the driver.
           type: list
           elements: dict
-          sample: [{index: 0, name: NVIDIA H100 80GB HBM3, memory_mib: 81559, compute_capability: 9.0, driver: 580.159.03}]
+          contains:
+            index:
+              description: Its number, as CUDA_VISIBLE_DEVICES takes it when the GPUs are ordered by their place on the PCI bus.
+              type: int
+            name:
+              description: The model.
+              type: str
+            memory_mib:
+              description: Its memory, 0 when it is not told.
+              type: int
+            compute_capability:
+              description: What its instructions are, 0.0 when it is not told.
+              type: float
+            driver:
+              description: Version of the driver.
+              type: str
+            mig:
+              description: Whether it is divided into parts (MIG mode).
+              type: bool
+          sample: [{index: 0, name: NVIDIA H100 80GB HBM3, memory_mib: 81559, compute_capability: 9.0, driver: 580.159.03, mig: false}]
         gpu_error:
           description: What C(nvidia-smi) says when it is there and fails or shows no GPU, else empty. Section V(gpus).
           type: str
@@ -256,7 +277,6 @@ ansible_facts:
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -264,44 +284,13 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils import host, tree_seen
 from ansible_collections.gpufleet.llm.plugins.module_utils.gpu import NVIDIA_SMI_QUERY, parse_nvidia_smi
+from ansible_collections.gpufleet.llm.plugins.module_utils.program import Program
 
 SECTIONS = ["system", "packages", "units", "users", "ports", "mounts", "gpus", "paths", "trees"]
 PYTHON = "/usr/bin/python3"
 # Seconds. nvidia-smi without persistence mode wakes every GPU, some seconds each.
 SYSTEMCTL_TIMEOUT = 20
 NVIDIA_SMI_TIMEOUT = 60
-
-
-class Program:
-    """A program that runs while something else is read."""
-
-    def __init__(self, command: list[str]) -> None:
-        self.name = command[0]
-        try:
-            self.process: subprocess.Popen[str] | None = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                encoding="utf-8",
-                errors="replace",
-                env={**os.environ, "LC_ALL": "C.UTF-8", "SYSTEMD_COLORS": "0"},
-            )
-        except OSError:
-            self.process = None
-
-    def output(self, timeout: float) -> tuple[bool, str]:
-        """Whether it went well, and what it printed: its output or what it complained of."""
-        if self.process is None:
-            return False, f"{self.name} cannot be run"
-        try:
-            output, error = self.process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            self.process.kill()  # not waited for: in the kernel's hands it may never end
-            return False, f"{self.name} did not answer within {timeout:g} s"
-        if self.process.returncode:
-            return False, (error.strip() or output.strip() or f"{self.name} ended with {self.process.returncode}")
-        return True, output
 
 
 def python_version() -> str:
