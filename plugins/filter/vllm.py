@@ -20,9 +20,11 @@ def vllm_model_problems(instances: Sequence[Mapping[str, Any]], models: Sequence
     return vllm.model_problems(instances, [str(model.get("name")) for model in models])
 
 
-def vllm_host_problems(generations: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], device: str) -> list[str]:
+def vllm_host_problems(
+    generations: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], device: str, driver_due: bool = False
+) -> list[str]:
     """Everything on the host that stands in the way of its instances, as far as its facts tell."""
-    return vllm_host.problems(generations, facts, device)
+    return vllm_host.problems(generations, facts, device, driver_due)
 
 
 def vllm_generations(instances: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -14,11 +14,16 @@ MINIMUM_CAPABILITY = 7.5
 CPU_OVERHEAD_GB = 2.0
 
 
-def problems(generations: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], device: str) -> list[str]:
-    """Everything on the host that stands in the way of its instances, one sentence each."""
+def problems(
+    generations: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], device: str, driver_due: bool = False
+) -> list[str]:
+    """Everything on the host that stands in the way of its instances, one sentence each.
+
+    `driver_due`: the driver is about to change, so nothing can be said of the GPUs yet.
+    """
     found = port_problems(generations, facts["ports"])
     if device == "cuda":
-        return found + gpu_problems(generations, facts)
+        return found if driver_due else found + gpu_problems(generations, facts)
     return found + memory_problems(generations, facts["memory_bytes"])
 
 
@@ -62,7 +67,13 @@ def gpu_problems(generations: Sequence[Mapping[str, Any]], facts: Mapping[str, A
                 f"{MINIMUM_CAPABILITY} or higher"
             )
     known = {gpu["index"] for gpu in gpus}
+    divided = {gpu["index"] for gpu in gpus if gpu["mig"]}
     for instance in generations:
+        found += [
+            f"vllm_instances ({instance['name']}): GPU {gpu} is in MIG mode, and vLLM would see one part of it only; name another one, or "
+            f"turn MIG off (nvidia-smi -i {gpu} -mig 0)"
+            for gpu in sorted(divided.intersection(instance.get("gpus") or []))
+        ]
         if unknown := sorted(set(instance.get("gpus") or []) - known):
             found.append(
                 f"vllm_instances ({instance['name']}): gpus names {', '.join(map(str, unknown))}, but the host has "

@@ -446,7 +446,7 @@ def test_what_the_facts_of_a_host_say_against_its_instances() -> None:
         {"port": 8000, "program": "python3", "unit": "nginx.service"},
         {"port": 8001, "program": "python3", "unit": "vllm@other.service"},
     ]
-    gpu = {"index": 0, "name": "Tesla V100", "memory_mib": 16384, "compute_capability": 7.0, "driver": "570.1"}
+    gpu = {"index": 0, "name": "Tesla V100", "memory_mib": 16384, "compute_capability": 7.0, "driver": "570.1", "mig": True}
     facts = {"ports": ports, "gpus": [gpu], "gpu_error": "", "memory_bytes": 8 * vllm_host.GB}
     assert vllm_host.problems([instance("a"), instance("b", config={"port": 8001})], facts, "cpu") == [
         "vllm_instances (a): port 8000 is taken by python3; choose another or stop it",
@@ -457,8 +457,10 @@ def test_what_the_facts_of_a_host_say_against_its_instances() -> None:
         "driver is 570.1, but vLLM needs 580",
         "compute capability 7.0",
         "gpus names 7, but the host has 0",
+        "GPU 0 is in MIG mode",
     ):
         assert problem in told
+    assert vllm_host.problems([instance("b", gpus=[7])], {**facts, "ports": []}, "cuda", driver_due=True) == []
     assert "nvidia-smi is not there" in vllm_host.problems([], {**facts, "gpus": []}, "cuda")[0]
     assert "nvidia-smi fails: no" in vllm_host.problems([], {**facts, "gpus": [], "gpu_error": "no"}, "cuda")[0]
     assert vllm_host.weights_problems([instance("c", gpus=[0])], [gpu], {"c": 15.0}) == []
