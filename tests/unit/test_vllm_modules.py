@@ -14,7 +14,12 @@ from typing import Any
 import pytest
 import yaml
 from ansible_collections.gpufleet.llm.plugins.module_utils import generations, vllm_host
-from ansible_collections.gpufleet.llm.plugins.modules import completion_gate, vllm_generation, vllm_preflight
+from ansible_collections.gpufleet.llm.plugins.modules import (
+    completion_gate,
+    vllm_generation,
+    vllm_preflight,
+    vllm_release,
+)
 
 # What vLLM 0.32 logs when the engine refuses its configuration, shortened to one of each kind of line.
 JOURNAL = """Started vllm@chat.service - vLLM instance chat.
@@ -446,7 +451,14 @@ def test_what_the_facts_of_a_host_say_against_its_instances() -> None:
         {"port": 8000, "program": "python3", "unit": "nginx.service"},
         {"port": 8001, "program": "python3", "unit": "vllm@other.service"},
     ]
-    gpu = {"index": 0, "name": "Tesla V100", "memory_mib": 16384, "compute_capability": 7.0, "driver": "570.1", "mig": True}
+    gpu = {
+        "index": 0,
+        "name": "Tesla V100",
+        "memory_mib": 16384,
+        "compute_capability": 7.0,
+        "driver": "570.1",
+        "mig": True,
+    }
     facts = {"ports": ports, "gpus": [gpu], "gpu_error": "", "memory_bytes": 8 * vllm_host.GB}
     assert vllm_host.problems([instance("a"), instance("b", config={"port": 8001})], facts, "cpu") == [
         "vllm_instances (a): port 8000 is taken by python3; choose another or stop it",
@@ -465,3 +477,12 @@ def test_what_the_facts_of_a_host_say_against_its_instances() -> None:
     assert "nvidia-smi fails: no" in vllm_host.problems([], {**facts, "gpus": [], "gpu_error": "no"}, "cuda")[0]
     assert vllm_host.weights_problems([instance("c", gpus=[0])], [gpu], {"c": 15.0}) == []
     assert "the weights take 17.0 GB" in vllm_host.weights_problems([instance("c", gpus=[0])], [gpu], {"c": 17.0})[0]
+
+
+def test_copied_files_of_a_release_are_no_newer_than_what_was_compiled_from_them(tmp_path: Path) -> None:
+    (tmp_path / "flashinfer/data").mkdir(parents=True)
+    kernel = tmp_path / "flashinfer/data/sampling.cu"
+    kernel.write_text("")
+    (tmp_path / "link").symlink_to("/etc/hostname")
+    vllm_release.forget_times(tmp_path)
+    assert kernel.stat().st_mtime == vllm_release.WHEEL_EPOCH

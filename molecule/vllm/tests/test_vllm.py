@@ -12,7 +12,6 @@ import operator
 import re
 import threading
 import time
-import uuid
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ import yaml
 from testinfra.host import Host
 
 from tests.roles import ROOT, applied, apply_role, refused
+from tests.sandbox import ATTEMPTS, PROBE, probe
 
 KEY = "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c4b5a69788796a5b4c3d2e1f0"
 MODEL = "smollm2-135m-instruct"
@@ -218,57 +218,11 @@ def test_the_unit_is_hardened(host: Host, name: str) -> None:
     assert float(found[1]) <= 2.0
 
 
-PROBE = r"""
-import ctypes, os, socket, sys
-def refused(what, attempt):
-    try:
-        attempt()
-    except OSError as error:
-        print(what, "refused", error.errno)
-    else:
-        print(what, "ALLOWED")
-write = lambda path: open(path, "w").close()
-for path in ("/etc/probe", "/usr/probe", "/opt/vllm/probe", "/srv/models/probe", "/var/lib/probe", "/var/cache/vllm/chat/probe",
-             "/home/probe", "/root/probe", "/proc/sys/kernel/hostname", "/sys/probe"):
-    refused("write " + path, lambda: write(path))
-for name, family, kind in (("packet", socket.AF_PACKET, socket.SOCK_RAW), ("raw", socket.AF_INET, socket.SOCK_RAW),
-                           ("vsock", socket.AF_VSOCK, socket.SOCK_STREAM), ("bluetooth", 31, socket.SOCK_RAW)):
-    refused("socket " + name, lambda: socket.socket(family, kind))
-refused("read key", lambda: open("/etc/vllm/internal_key").read())
-refused("read shadow", lambda: open("/etc/shadow").read())
-libc = ctypes.CDLL(None, use_errno=True)
-def call(result):
-    if result < 0:
-        raise OSError(ctypes.get_errno(), "")
-refused("mount", lambda: call(libc.mount(b"none", b"/tmp", b"tmpfs", 0, None)))
-refused("unshare", lambda: call(libc.unshare(0x10000000)))
-refused("setuid", lambda: os.setuid(0) if False else call(libc.setuid(0)))
-refused("chmod suid", lambda: (write("/tmp/s"), os.chmod("/tmp/s", 0o4755)))
-refused("kill", lambda: os.kill(1, 0))
-refused("reboot", lambda: call(libc.reboot(0)))
-print("processes", sorted(int(p) for p in os.listdir("/proc") if p.isdigit() and os.stat("/proc/" + p).st_uid not in (os.getuid(), 65534)))
-write(os.environ["HOME"] + "/probe"); write("/tmp/probe")
-print("uid", os.getuid(), "home", oct(os.stat(os.environ["HOME"]).st_mode & 0o777))
-"""
-
-
 def test_the_sandbox_refuses_what_it_should(host: Host) -> None:
-    """A program that tries is run by the very unit, as an instance of its own with another command."""
-    probe = f"probe-{uuid.uuid4().hex[:8]}"
-    drop_in = f"/run/systemd/system/vllm@{probe}.service.d"
-    override = (
-        "[Service]\nType=oneshot\nRestart=no\nEnvironmentFile=\nExecStart=\nExecStart=/usr/bin/python3 /opt/probe.py\n"
-    )
-    host.check_output(
-        "mkdir -p %s && printf %%s %s >%s/probe.conf && printf %%s %s >/opt/probe.py", drop_in, override, drop_in, PROBE
-    )
-    host.check_output("systemctl daemon-reload")
-    done = host.run("systemctl start vllm@%s", probe)
-    told = host.check_output("journalctl --unit vllm@%s --output cat --no-pager --quiet", probe)
-    host.run("rm -r %s /opt/probe.py; systemctl daemon-reload; rm -rf /var/cache/vllm/%s", drop_in, probe)
-    assert done.rc == 0, told
+    good, told = probe(host.check_output, PROBE)
+    assert good, told
     assert "ALLOWED" not in told, told
-    assert told.count(" refused ") == 22, told
+    assert told.count(" refused ") == ATTEMPTS, told
     assert "processes []" in told
     assert "home 0o700" in told
     assert 0 < int(told.split("\nuid ")[1].split()[0]) < 1000

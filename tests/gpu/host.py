@@ -1,0 +1,134 @@
+"""What the steps ask of the machine: its unit, its GPUs, its endpoint."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import ssl
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+UNIT = "vllm@chat.service"
+CACHE = Path("/var/cache/vllm/chat")
+STRAIGHT = "http://127.0.0.1:8000"
+GATEWAY = "https://localhost:443"
+BARE_PORT = 8100
+CA = Path("/etc/ssl/vllm-fleet/ca.pem")
+MODEL = "shape"
+
+
+class GpuTestError(Exception):
+    """Something was not as it has to be."""
+
+
+def run(*command: str, check: bool = True, **options: object) -> str:
+    """Run a program and return what it printed; its whole output is told when it fails."""
+    done = subprocess.run(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, **options  # type: ignore[call-overload]
+    )  # fmt: skip
+    if check and done.returncode:
+        raise GpuTestError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-6000:]}")
+    return str(done.stdout)
+
+
+def until(what: str, true: Callable[[], bool], seconds: float) -> float:
+    """Wait until something is true; return how long that took."""
+    begun = time.monotonic()
+    while not true():
+        if time.monotonic() - begun > seconds:
+            raise GpuTestError(f"not within {seconds:.0f} s: {what}")
+        time.sleep(0.2)
+    return time.monotonic() - begun
+
+
+def complete(base: str, key: str, tokens: int = 1) -> bool:
+    """Whether a completion of so many tokens comes back."""
+    _scheme, _, address = base.partition("://")
+    connection: http.client.HTTPConnection
+    if base.startswith("https"):
+        connection = http.client.HTTPSConnection(
+            address, timeout=60, context=ssl.create_default_context(cafile=str(CA))
+        )
+    else:
+        connection = http.client.HTTPConnection(address, timeout=60)
+    body = json.dumps({"model": MODEL, "prompt": "Hello", "max_tokens": tokens, "ignore_eos": True})
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    try:
+        connection.request("POST", "/v1/completions", body, headers)
+        response = connection.getresponse()
+        answer = json.load(response)
+        return response.status == 200 and answer["usage"]["completion_tokens"] == tokens
+    except (OSError, http.client.HTTPException, ValueError, KeyError):
+        return False
+    finally:
+        connection.close()
+
+
+def show(*properties: str, unit: str = UNIT) -> dict[str, str]:
+    """Properties of the unit."""
+    lines = run("systemctl", "show", unit, f"--property={','.join(properties)}").splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def startup_seconds() -> float:
+    """From the start of the unit's process to the log line by which vLLM says that it serves."""
+    begun = int(show("ExecMainStartTimestampMonotonic")["ExecMainStartTimestampMonotonic"])
+    boot = run("cat", "/proc/sys/kernel/random/boot_id").strip().replace("-", "")
+    for line in run("journalctl", f"--unit={UNIT}", f"_BOOT_ID={boot}", "--output=json", "--no-pager").splitlines():
+        entry = json.loads(line)
+        moment = int(entry["__MONOTONIC_TIMESTAMP"])
+        message = entry.get("MESSAGE") or ""
+        text = message if isinstance(message, str) else bytes(message).decode(errors="replace")
+        if moment > begun and "Application startup complete" in text:
+            return (moment - begun) / 1e6
+    raise GpuTestError("vLLM has not said that its startup is complete")
+
+
+def processes() -> dict[int, str]:
+    """The main process of the unit and everything that it started: pid -> name."""
+    parents: dict[int, tuple[int, str]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = path.read_text().partition("(")[2].rpartition(")")
+        except OSError:
+            continue
+        parents[int(path.parent.name)] = int(rest.split()[1]), name
+    found, todo = {}, [int(show("MainPID")["MainPID"])]
+    while todo:
+        pid = todo.pop()
+        if pid in parents:
+            found[pid] = parents[pid][1]
+            todo += [child for child, (parent, _) in parents.items() if parent == pid]
+    return found
+
+
+def smi(query: str) -> list[str]:
+    """Rows of nvidia-smi; none where there is no GPU."""
+    try:
+        return run("nvidia-smi", query, "--format=csv,noheader,nounits").splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def memory_used_mib() -> int:
+    """Memory in use on all GPUs."""
+    return sum(int(row) for row in smi("--query-gpu=memory.used"))
+
+
+def metrics(key: str) -> dict[str, float]:
+    """vLLM's metrics without their labels, summed up."""
+    found: dict[str, float] = {}
+    connection = http.client.HTTPConnection("127.0.0.1:8000", timeout=5)
+    try:
+        connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {key}"})
+        for line in connection.getresponse().read().decode().splitlines():
+            if line.startswith("vllm:"):
+                name, _, value = line.rpartition(" ")
+                found[name.split("{")[0]] = found.get(name.split("{")[0], 0.0) + float(value)
+    except (OSError, http.client.HTTPException):
+        pass
+    finally:
+        connection.close()
+    return found

@@ -1,0 +1,131 @@
+"""The report of the GPU tests: results.json as a page."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+# What people ask for when they bring a model of this size (first token p50, a token, tokens a second, requests at a time, GPU busy).
+TARGETS = (
+    "first token p50 < 500 ms, < 50 ms for each token after it, > 1,000 tokens/s, > 100 at a time, GPU busy > 80 %"
+)
+
+
+def spread(values: Sequence[float], digits: int = 0) -> str:
+    """Median, least and most."""
+    if not values:
+        return "-"
+    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
+def ratio(rows: Sequence[dict[str, Any]], streams: int, way: str, to: str) -> float | None:
+    """The median of the throughputs of one way over that of another."""
+
+    def throughputs(of: str) -> list[float]:
+        return [row["output_throughput"] for row in rows if row["way"] == of and row["streams"] == streams]
+
+    if not throughputs(way) or not throughputs(to):
+        return None
+    return statistics.median(throughputs(way)) / statistics.median(throughputs(to))
+
+
+def render(results: dict[str, Any]) -> str:
+    """The page."""
+    deploy = results.get("deploy", {})
+    parts = [
+        "# vLLM on a real GPU",
+        "    make gpu",
+        f"{deploy.get('os', '')}, systemd {deploy.get('systemd', '')}, {deploy.get('processors', '')} processors; GPUs: "
+        f"{'; '.join(deploy.get('gpus', []))}. vLLM {deploy.get('vllm', '')}, torch {deploy.get('torch', '')}. The model has the shape of "
+        "Llama 3.1 8B in bfloat16 and random weights. Client, gateway and vLLM share the machine.",
+    ]
+    if deploy:
+        parts += [
+            "## Deployment",
+            f"site.yml from the bare machine to a completion through the gateway: {deploy['seconds']:.0f} s, of which vLLM started for "
+            f"{deploy['startup']:.0f} s. A second run changed nothing and took {deploy['seconds_again']:.0f} s. "
+            f"The driver: {(deploy['decision'] or ['nothing was to be decided'])[0]}.",
+        ]
+    if unit := results.get("unit"):
+        names = {what: [path for path, how in unit["devices"] if how == what] for what in ("refused", "works")}
+        parts += [
+            "## The unit",
+            f"`systemd-analyze security` says {unit['score']} (0 is best). On cgroup v{unit['cgroup']}, a program run by the unit was refused "
+            f"all {unit['refused']} things that it tried: files, sockets, privileges, and the devices {', '.join(names['refused'])}. It could open "
+            f"{', '.join(names['works']) or 'no GPU'}.",
+        ]
+    if recover := results.get("recover"):
+        parts += [
+            "## kill -9 of the engine",
+            f"All its processes were gone after {recover['gone']:.1f} s, with {recover['mib_after_kill']:,} of {recover['mib_before']:,} MiB of GPU "
+            f"memory in use then, and it served again after {recover['served_again']:.0f} s.",
+        ]
+    if starts := results.get("starts"):
+        warm = statistics.median(starts["warm"])
+        rows = [
+            ("cold: no caches", starts["cold"]),
+            ("warm", starts["warm"]),
+            ("a new release that inherits the caches", starts["inherited"]),
+        ]
+        parts += [
+            "## Starts",
+            "Seconds from the start of the process to `Application startup complete`; median, least and most.",
+            "\n".join(
+                ["| start | seconds | to warm |", "|---|---|---|"]
+                + [
+                    f"| {name} | {spread(values, 1)} | {statistics.median(values) / warm:.2f} |"
+                    for name, values in rows
+                    if values
+                ]
+            ),
+        ]
+    if throughput := results.get("throughput"):
+        streams = sorted({row["streams"] for row in throughput})
+        lines = [
+            "| streams | way | tokens/s | first token p50, ms | p99, ms | each token p50, ms |",
+            "|---|---|---|---|---|---|",
+        ]
+        for number in streams:
+            for way, name in (
+                ("bare", "bare process"),
+                ("unit", "hardened unit"),
+                ("gateway", "unit, through the gateway"),
+            ):
+                rows_of = [row for row in throughput if row["way"] == way and row["streams"] == number]
+                columns = [spread([row["output_throughput"] for row in rows_of])]
+                columns += [
+                    spread([row[key] for row in rows_of], 2)
+                    for key in ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms")
+                ]
+                lines.append(f"| {number} | {name} | {' | '.join(columns)} |")
+        ratios = [
+            f"{name} at {number}: {value:.3f}"
+            for name, way, to in (("hardened / bare", "unit", "bare"), ("gateway / straight", "gateway", "unit"))
+            for number in streams
+            if (value := ratio(throughput, number, way, to)) is not None
+        ]
+        parts += [
+            "## Throughput and first token",
+            "`vllm bench serve`, random prompts of 512 tokens and answers of 128, taken in turns; median, least and most of the runs. Bare process "
+            "and unit are on the GPU at the same time, with 42 % of its memory each, and one is idle while the other is measured.",
+            "\n".join(lines),
+            "Ratios of the medians of tokens/s: " + "; ".join(ratios) + ".",
+        ]
+    if rate := results.get("rate"):
+        parts += [
+            "## At a steady rate",
+            f"Requests that arrive at {rate['requests_per_second']:.1f} a second, at random moments, for {rate['duration']:.0f} s, through the gateway: "
+            "the rate that a client with 128 requests at a time had reached. The targets that people bring: "
+            + TARGETS
+            + ".",
+            "\n".join(
+                [
+                    "| at a time | first token p50, ms | p99, ms | each token p50, ms | tokens/s | GPU busy |",
+                    "|---|---|---|---|---|---|",
+                    f"| {rate['running']:.0f} | {rate['median_ttft_ms']:.0f} | {rate['p99_ttft_ms']:.0f} | {rate['median_tpot_ms']:.1f} | "
+                    f"{rate['output_throughput']:,.0f} | {rate['busy']:.0f} % |",
+                ]
+            ),
+        ]
+    return "\n\n".join(parts) + "\n"
