@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,9 @@ class Apt:
     command: Command
     root: Path = Path("/")
     fetch: Callable[[str], bytes] = field(default=lambda url: fetched(url))
+    # for another apt: a cloud image updates itself at its first boot
+    seconds_to_wait: float = 600
+    pause: float = 2
 
     def at(self, path: str) -> Path:
         """A path of the host."""
@@ -142,7 +146,13 @@ class Apt:
 
     def hold(self, packages: Sequence[str]) -> None:
         """Keep packages as they are, until someone says otherwise."""
-        status, output, error = self.command(["apt-mark", "hold", *packages])
+        until = time.monotonic() + self.seconds_to_wait
+        while True:
+            status, output, error = self.command(["apt-mark", "hold", *packages])
+            # apt-mark does not wait for another apt, whatever DPkg::Lock::Timeout says
+            if not status or "was locked by" not in error or time.monotonic() > until:
+                break
+            time.sleep(self.pause)
         if status:
             raise AptError(f"`apt-mark hold {' '.join(packages)}` failed: {(error or output).strip()}")
 

@@ -194,6 +194,21 @@ def test_holds_are_read_and_set(host: Host) -> None:
         host.apt.hold(["x"])
 
 
+def test_a_hold_waits_for_another_apt(host: Host) -> None:
+    locked = (
+        100,
+        "",
+        "dpkg: error: dpkg frontend lock was locked by another process with pid 1\nE: Executing dpkg failed.\n",
+    )
+    answers = [locked, locked, (0, "engine set on hold.\n", "")]
+    host.apt.command, host.apt.pause = lambda command: answers.pop(0), 0
+    host.apt.hold(["engine"])
+    assert answers == []
+    host.apt.command, host.apt.seconds_to_wait = lambda command: locked, 0
+    with pytest.raises(AptError, match="frontend lock was locked by another process"):
+        host.apt.hold(["engine"])
+
+
 def test_apt_is_asked_what_can_be_had_only_when_it_is_needed(host: Host) -> None:
     host.answers["apt-cache"] = (
         0,
