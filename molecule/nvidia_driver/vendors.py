@@ -207,6 +207,7 @@ def archive(base: Path, versions: Sequence[str]) -> None:
         made.add(f"nvidia-fabricmanager-{branch}", full, fabric, **only("nvidia-fabricmanager"))
         made.add(f"libnvidia-nscq-{branch}", full, **only("libnvidia-nscq"))
     made.add("nvidia-modprobe", "535.161.07-1")
+    made.add("ordinary", f"{len(versions)}.0")  # what an upgrade may touch, newer with each version of the driver
     for name in ("linux-generic", "linux-image-generic", "linux-headers-generic", f"linux-headers-{KERNEL}"):
         made.add(name, "6.8.0-88.89")
     made.index("Ubuntu", "Ubuntu", "noble-updates")

@@ -12,7 +12,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils import nvidia_plan
 
 def nvidia_preferences(source: str, shut_out: Sequence[str] | None = None, version: str = "") -> str:
     """apt's preferences that keep the driver's packages of all sources but one away, or of those that are named."""
-    return nvidia_plan.preferences(source, nvidia_plan.APT_RELEASES if shut_out is None else shut_out, version)
+    return nvidia_plan.preferences(source, nvidia_plan.APT_ORIGINS if shut_out is None else shut_out, version)
 
 
 def nvidia_fitting(shown: str, names: Sequence[str], version: str, required: Sequence[str] = ()) -> list[str]:

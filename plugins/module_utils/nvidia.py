@@ -86,7 +86,10 @@ class Look:
         system = host.system(self.root)
         running = read(self.hardware / "proc/sys/kernel/osrelease").strip()
         kernels = self.kernels(running)
-        modules = {kernel: self.start(["modinfo", "-k", kernel, "nvidia"]) for kernel in kernels}
+        modules = {
+            kernel: [self.start(["modinfo", "-k", kernel, name]) for name in module_names(system["distribution"])]
+            for kernel in kernels
+        }
         packages = parse_packages(read(self.root / "var/lib/dpkg/status"))
         devices = nvidia_pci.devices(self.hardware)
         found: dict[str, Any] = {
@@ -127,10 +130,10 @@ class Look:
         }
         found["units"] = parse_units(units.output(TIMEOUT)[1])
         found["modules"] = {}
-        for kernel, program in modules.items():
-            good, text = program.output(TIMEOUT)
-            if good and (module := parse_modinfo(text)):
-                found["modules"][kernel] = module
+        for kernel, started in modules.items():
+            for good, text in [program.output(TIMEOUT) for program in started]:
+                if good and kernel not in found["modules"] and (module := parse_modinfo(text)):
+                    found["modules"][kernel] = module
         found["smi"] = self.smi(query, xml)
         return found
 
@@ -225,6 +228,11 @@ class Look:
         else:
             error = "" if "cannot be run" in answer else answer.strip()
         return {"present": good or "cannot be run" not in answer, "error": error, "gpus": gpus}
+
+
+def module_names(distribution: str) -> list[str]:
+    """What the file of the kernel module is called. Debian's own packages rename it, and modprobe has a rule; modinfo knows none."""
+    return ["nvidia", *(["nvidia-current", "nvidia-current-open"] if distribution == "Debian" else [])]
 
 
 def version_key(version: str) -> list[tuple[int, int, str]]:

@@ -58,11 +58,12 @@ def decide(found: Found, wanted: Found) -> dict[str, Any]:
     action: none (no GPU), leave, install, upgrade, remove or refuse; reason: why, in a sentence; advice: what to do when it is refused.
     source, branch, version, flavour; pin, packages and optional: what apt is asked for; downgrade: whether versions may go down.
     activate: nothing, load, reload or reboot, for a driver that is installed and not in use; blocked: why that may not be done.
+    replaced: installed packages of another branch or flavour, whose place is taken.
     fabric, holds, unholds, leftovers, services: what else is not as wanted. warnings, unproved: what a person should know, and what is broken.
     """
     result: dict[str, Any] = {
         "action": "leave", "reason": "", "advice": "", "warnings": [], "unproved": [], "managed": False, "expected_gpus": expected(found, wanted),
-        "source": "", "branch": "", "version": "", "flavour": "", "pin": [], "packages": [], "optional": [], "required": [], "downgrade": False,
+        "source": "", "branch": "", "version": "", "flavour": "", "pin": [], "packages": [], "optional": [], "required": [], "replaced": [], "downgrade": False,
         "activate": "", "activate_reasons": [], "blocked": "", "fabric": [], "holds": [], "unholds": [], "leftovers": [], "services": [],
     }  # fmt: skip
     try:
@@ -354,7 +355,31 @@ def change(found: Found, wanted: Found, target: dict[str, Any], current: str, wa
         }
     down = bool(target["version"]) and version_key(version) > version_key(target["version"])
     down = down or int(version.partition(".")[0] or 0) > int(target["branch"])
-    return {**result, "action": "upgrade", "downgrade": down, "reason": f"{what}; {'; '.join(differs)}"}
+    return {
+        **result,
+        "action": "upgrade",
+        "downgrade": down,
+        "replaced": replaced(found, target),
+        "reason": f"{what}; {'; '.join(differs)}",
+    }
+
+
+def replaced(found: Found, target: Mapping[str, Any]) -> list[str]:
+    """
+    The installed packages that cannot stay beside the ones that are wanted: of another branch, or the modules of the other flavour.
+
+    apt has to be told: by its own judgement an installed package weighs more than a new one that something else depends on, and it gives up.
+    """
+    kinds = r"linux-(modules|objects)-nvidia-|nvidia-(dkms|headless|kernel-source|kernel-open|kernel-dkms|open-kernel|open|driver-\d)"
+    found_names = []
+    for name in found["packages"]:
+        number = re.search(r"-(\d{3})(-|$)", name) if DRIVER_PACKAGE.match(name) and "pinning" not in name else None
+        of_modules = re.match(kinds, name)
+        if (number and number[1] != target["branch"]) or (
+            of_modules and ("open" in name) != (target["flavour"] == "open")
+        ):
+            found_names.append(name)
+    return sorted(found_names)
 
 
 def removal(found: Found, wanted: Found) -> dict[str, Any]:
@@ -607,6 +632,7 @@ def told(found: Found, result: Mapping[str, Any]) -> list[str]:
         lines.append(f"then: {result['activate']}, because {'; '.join(result['activate_reasons'])}")
     for key, title in (
         ("fabric", "fabric manager"),
+        ("replaced", "removed"),
         ("leftovers", "removed"),
         ("holds", "held"),
         ("unholds", "not held any more"),
@@ -669,39 +695,30 @@ def workers(found: Found) -> list[Mapping[str, Any]]:
 # --- apt ------------------------------------------------------------------------------------------------------------
 
 # The driver's packages as apt's preferences name them. Not the container toolkit's (libnvidia-container*), which is from another repository.
+# Few patterns: apt compares each with all 150,000 names that it knows, whenever it is called. Names without one cost nothing.
 APT_NAMES: Sequence[str] = (
-    "nvidia-open*", "nvidia-driver*", "nvidia-headless*", "nvidia-dkms*", "nvidia-kernel*", "nvidia-utils*", "nvidia-compute-utils*",
-    "nvidia-firmware*", "nvidia-fabricmanager*", "nvidia-persistenced*", "nvidia-modprobe*", "nvidia-smi*", "nvidia-imex*", "nvidia-settings*",
-    "nvidia-alternative*", "nvidia-legacy-check*", "nvidia-support*", "nvidia-suspend-common*", "nvidia-opencl-icd*", "nvidia-vulkan*",
-    "nvidia-egl*", "nvidia-vdpau*", "nvidia-xconfig*", "nvidia-prime*", "cuda-drivers*", "libcuda1", "libnvcuvid1", "libnvoptix1", "libnvsdm*",
-    "libnvidia-[abd-z]*", "libnvidia-cfg*", "libnvidia-common*", "libnvidia-compute*", "nvlsm", "nvlink5*", "xserver-xorg-video-nvidia*",
-    "linux-modules-nvidia-*", "linux-objects-nvidia-*", "linux-signatures-nvidia-*", "firmware-nvidia-gsp*",
+    "nvidia-[!cdfntv]*", "nvidia-compute-utils*", "nvidia-d[kr]*", "nvidia-f[ai]*", "nvidia-v[du]*", "libnvidia-[!c]*", "libnvidia-cfg*", "libnvidia-com*",
+    "linux-[mos]*s-nvidia-[0-9]*", "xserver-xorg-video-nvidia*", "cuda-drivers*", "libcuda1", "libnvcuvid1", "libnvoptix1", "libnvsdm", "nvlsm", "nvlink5",
+    "firmware-nvidia-gsp",
 )  # fmt: skip
-# What the Release files of the sources say of themselves; a mirror says the same.
-APT_RELEASES = {
-    "nvidia": "l=NVIDIA CUDA",
-    "ubuntu": "o=Ubuntu",
-    "debian": "o=Debian",
-    "ppa": "o=LP-PPA-graphics-drivers",
-}
+# The origin that the Release files of the sources tell; a mirror tells the same.
+APT_ORIGINS = {"nvidia": "NVIDIA", "ubuntu": "Ubuntu", "debian": "Debian", "ppa": "LP-PPA-graphics-drivers"}
 
 
-def preferences(source: str, shut_out: Iterable[str] = APT_RELEASES, version: str = "") -> str:
+def preferences(source: str, shut_out: Iterable[str] = APT_ORIGINS, version: str = "") -> str:
     """
     apt's preferences that keep the driver's packages of other sources than this one away, whatever their versions are.
 
     With a version, Ubuntu's packages of the driver are pinned to it: apt takes the newest of everything that a package depends on, and then
     refuses, because they depend on each other by exact version. NVIDIA's repository has packages for that (nvidia-driver-pinning-*).
     """
-    packages = " ".join(APT_NAMES)
-    stanzas = [
-        f"Package: {packages}\nPin: release {APT_RELEASES[other]}\nPin-Priority: -1\n"
-        for other in shut_out
-        if other != source
-    ]
+    others = "|".join(APT_ORIGINS[other] for other in shut_out if other != source)
+    # One expression for all of them, and so one comparison.
+    stanzas = [f"Package: {' '.join(APT_NAMES)}\nPin: release o=/^({others})$/\nPin-Priority: -1\n"]
     if version and source == "ubuntu":
-        own = " ".join(name for name in APT_NAMES if not name.startswith("linux-"))
-        stanzas.append(f"Package: {own}\nPin: version {version}-0ubuntu0*\nPin-Priority: 1001\n")
+        branch = version.partition(".")[0]
+        names = f"*nvidia-*-{branch}-server* nvidia-fabricmanager-{branch} libnvidia-nscq-{branch}"
+        stanzas.append(f"Package: {names}\nPin: version {version}-0ubuntu0*\nPin-Priority: 1001\n")
     return "\n".join(stanzas)
 
 

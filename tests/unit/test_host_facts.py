@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.gpufleet.llm.plugins.module_utils import host
+from ansible_collections.gpufleet.llm.plugins.module_utils.program import Program
 from ansible_collections.gpufleet.llm.plugins.modules import host_facts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -367,7 +368,7 @@ def test_paths_are_told_without_following_links(tmp_path: Path) -> None:
     ],
 )
 def test_gpus_are_told_or_why_there_are_none(recording: str, status: int, gpus: int, error: str) -> None:
-    program = host_facts.Program(["sh", "-c", f"cat '{RECORDINGS / recording}'; exit {status}"])
+    program = Program(["sh", "-c", f"cat '{RECORDINGS / recording}'; exit {status}"])
     found = host_facts.gpu_facts(program)
     assert len(found["gpus"]) == gpus
     assert error in found["gpu_error"] if error else not found["gpu_error"]
@@ -379,8 +380,8 @@ def test_a_host_without_nvidia_smi_has_no_gpus_and_no_error() -> None:
 
 def test_a_program_that_hangs_is_not_waited_for() -> None:
     begun = time.monotonic()
-    assert host_facts.Program(["sleep", "30"]).output(0.2) == (False, "sleep did not answer within 0.2 s")
-    assert host_facts.Program(["/no/such/program"]).output(1) == (False, "/no/such/program cannot be run")
+    assert Program(["sleep", "30"]).output(0.2) == (False, "sleep did not answer within 0.2 s")
+    assert Program(["/no/such/program"]).output(1) == (False, "/no/such/program cannot be run")
     assert time.monotonic() - begun < 10
 
 

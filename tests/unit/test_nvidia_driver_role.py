@@ -89,6 +89,14 @@ def test_every_source_has_packages_for_both_flavours_and_every_floor() -> None:
         assert str(floor).startswith(f"{branch}.")
 
 
+@pytest.mark.parametrize("role", ["nvidia_driver", "cuda_toolkit"])
+def test_no_default_needs_the_facts_of_the_host(role: str) -> None:
+    """Ansible checks the variables before the role's first task, and so before the host is known."""
+    for path in (f"../{role}/defaults/main.yml", f"../{role}/meta/argument_specs.yml"):
+        for name in ("ansible_facts", "__"):
+            assert name not in (ROLE / path).read_text(), path
+
+
 def test_hashes_are_hashes() -> None:
     for place, digest in load("vars/main.yml")["__nvidia_driver_keyring_hashes"].items():
         assert len(bytes.fromhex(digest)) == 32, place
@@ -170,8 +178,7 @@ def test_a_bare_host_is_told_what_would_be_done_and_shown_the_files(tmp_path: Pa
     assert code == 0, said
     assert "decision: install: open modules, 580.159.03, from Ubuntu's archive" in said
     assert "nvidia-headless-no-dkms-580-server-open=580.159.03-*" in said
-    assert "+Pin: release l=NVIDIA CUDA" in said
-    assert "+Pin: release o=Ubuntu" not in said
+    assert "+Pin: release o=/^(NVIDIA|Debian|LP-PPA-graphics-drivers)$/" in said
     assert "+blacklist nouveau" in said
     assert "ExecStart=/usr/bin/nvidia-persistenced --user nvidia-persistenced --persistence-mode" in said
     assert "failed=0" in said
@@ -183,8 +190,7 @@ def test_with_nvidias_repository_a_mirror_is_the_only_source(tmp_path: Path) -> 
     assert code == 0, said
     assert f"+deb [signed-by=/usr/share/keyrings/cuda-archive-keyring.gpg] {mirror}/ /" in said
     assert "/etc/apt/sources.list.d/cuda-ubuntu2404-x86_64.list" in said
-    assert "+Pin: release o=Ubuntu" in said
-    assert "+Pin: release l=NVIDIA CUDA" not in said
+    assert "+Pin: release o=/^(Ubuntu|Debian|LP-PPA-graphics-drivers)$/" in said
 
 
 def test_a_refusal_and_a_mistake_are_told_before_anything_is_done(tmp_path: Path) -> None:

@@ -53,6 +53,19 @@ def test_every_machine_has_the_same_findings(machine: str, tmp_path: Path) -> No
     assert found(machine, tmp_path / "a").keys() == found("h100x8", tmp_path / "b").keys()
 
 
+def test_debians_own_module_has_a_name_of_its_own(tmp_path: Path) -> None:
+    """As the drill with Debian's real packages saw it: modprobe has a rule for the other name, modinfo does not know it."""
+    kernel = "6.1.0-41-cloud-amd64"
+    machine = Machine("debian12-no-module", tmp_path)
+    machine.put_run(
+        f"modinfo -k {kernel} nvidia-current",
+        f"filename:       /lib/modules/{kernel}/updates/dkms/nvidia-current.ko\nversion:        535.261.03\nlicense:        NVIDIA\n",
+    )
+    assert machine.findings()["modules"] == {
+        kernel: {"version": "535.261.03", "flavour": "proprietary", "signer": "", "kind": "dkms"}
+    }
+
+
 def test_devices_go_by_class_and_vendor(tmp_path: Path) -> None:
     seen = found("consumer", tmp_path)["devices"]
     assert [(device["address"], device["kind"], device["driver"]) for device in seen] == [

@@ -227,9 +227,44 @@ def test_every_package_that_a_source_brings_is_kept_away_from_the_others() -> No
 @pytest.mark.parametrize("source", ["ubuntu", "nvidia", "debian"])
 def test_the_preferences_shut_out_all_sources_but_one(source: str) -> None:
     text = nvidia_plan.preferences(source)
-    assert nvidia_plan.APT_RELEASES[source] not in text
-    assert text.count("Pin-Priority: -1") == len(nvidia_plan.APT_RELEASES) - 1
+    (origins,) = re.findall(r"^Pin: release o=/\^\((.*)\)\$/\nPin-Priority: -1$", text, re.MULTILINE)
+    assert sorted(origins.split("|")) == sorted(
+        origin for name, origin in nvidia_plan.APT_ORIGINS.items() if name != source
+    )
     assert all(line.startswith(("Package: ", "Pin: ", "Pin-Priority: ")) or not line for line in text.splitlines())
+
+
+@pytest.mark.parametrize("version", ["", "580.159.03"])
+def test_the_preferences_have_few_patterns(version: str) -> None:
+    """apt compares each with every name that it knows, at every call: a hundred of them are three seconds."""
+    patterns = re.findall(
+        r"[^ \n]*[*?[][^ \n]*", re.sub(r"(?m)^Pin.*$", "", nvidia_plan.preferences("ubuntu", version=version))
+    )
+    assert 5 < len(patterns) < 15, patterns
+
+
+def test_what_cannot_stay_beside_the_wanted_makes_room() -> None:
+    installed = [
+        "linux-modules-nvidia-580-server-open-generic", "linux-image-generic", "libnvidia-compute-580-server", "nvidia-firmware-580-server-580.126.09",
+        "nvidia-fabricmanager-580", "nvidia-modprobe", "nvidia-driver-pinning-580", "cuda-keyring", "nvidia-headless-no-dkms-580-server-open",
+        "libnvidia-compute-595-server",
+    ]  # fmt: skip
+    found = {"packages": dict.fromkeys(installed, "1")}
+    stay = [
+        "linux-image-generic",
+        "nvidia-modprobe",
+        "nvidia-driver-pinning-580",
+        "cuda-keyring",
+        "libnvidia-compute-595-server",
+    ]
+    other_branch = nvidia_plan.replaced(found, {"branch": "595", "flavour": "open"})
+    assert sorted(set(installed) - set(other_branch)) == sorted(stay)
+    assert nvidia_plan.replaced(found, {"branch": "580", "flavour": "open"}) == ["libnvidia-compute-595-server"]
+    assert nvidia_plan.replaced(found, {"branch": "580", "flavour": "proprietary"}) == [
+        "libnvidia-compute-595-server",
+        "linux-modules-nvidia-580-server-open-generic",
+        "nvidia-headless-no-dkms-580-server-open",
+    ]
 
 
 @pytest.mark.skipif(not shutil.which("apt-cache"), reason="no apt here")

@@ -176,6 +176,21 @@ def test_within_the_branch_the_modules_go_along(apt: Apt, tmp_path: Path) -> Non
     assert installed["linux-modules-nvidia-580-server-open-generic"] == "6.8.0-88.89+2"
 
 
+def test_the_old_branch_has_to_be_told_to_make_room(apt: Apt, tmp_path: Path) -> None:
+    """An installed version of which there is a newer one weighs more for apt than what something new depends on."""
+    apt.install(asked(apt, plan(tmp_path / "a", version="580.126.09", allow_insecure=True)))
+    branch = plan(tmp_path / "b", branch="595")
+    apt.unhold()
+    wanted = apt.resolve(asked(apt, branch))
+    assert "unmet dependencies" in apt("-s", "--no-install-recommends", "install", *wanted, good=False)
+    installed = {"packages": dict(apt.installed())}
+    room = nvidia_plan.replaced(installed, branch)
+    assert "libnvidia-compute-580-server" in room
+    said = apt("-s", "--no-install-recommends", "install", *wanted, *(f"{name}-" for name in room))
+    assert "Inst libnvidia-compute-595-server" in said
+    assert sorted(re.findall(r"^Remv (\S+)", said, re.MULTILINE)) == room
+
+
 def test_modules_that_no_source_has_are_named_so_that_apt_says_so(apt: Apt, tmp_path: Path) -> None:
     wanted = asked(apt, plan(tmp_path / "a", kernel_flavour="oracle"))
     assert "linux-modules-nvidia-580-server-open-oracle" in wanted

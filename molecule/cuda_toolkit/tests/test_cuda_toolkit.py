@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
+import pytest
 from testinfra.host import Host
 
-from tests.roles import refused
+from tests.roles import applied, changed, refused
 
 
 def test_the_compiler_says_its_release(host: Host) -> None:
@@ -22,3 +25,22 @@ def test_the_repository_brings_no_driver(host: Host) -> None:
 
 def test_a_release_that_is_none_is_refused(host: Host) -> None:
     assert "it is two numbers in quotes" in refused(host, "cuda_toolkit", cuda_toolkit_version="13")
+
+
+def test_a_run_that_changes_nothing_asks_for_the_facts_only(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANSIBLE_CALLBACKS_ENABLED", "gpufleet.llm.remote_calls")
+    said = applied(host, "cuda_toolkit")
+    assert not changed(said)
+    assert re.findall(r"remote calls: \S+ (\d+) ", said) == ["1"], said
+
+
+def test_the_key_is_fetched_and_only_the_known_one_is_taken(host: Host) -> None:
+    digest = host.check_output("sha256sum /srv/vendors/cuda-keyring_1.1-1_all.deb").split()[0]
+    host.check_output(
+        "apt-get --yes purge cuda-keyring cuda-nvcc-13-0 && rm /usr/share/keyrings/cuda-archive-keyring.gpg"
+    )
+    refused(host, "cuda_toolkit", nvidia_driver_keyring_sha256="0" * 64)
+    assert not host.package("cuda-nvcc-13-0").is_installed
+    applied(host, "cuda_toolkit", nvidia_driver_keyring_sha256=digest)
+    assert host.package("cuda-nvcc-13-0").is_installed
+    assert host.package("cuda-keyring").is_installed

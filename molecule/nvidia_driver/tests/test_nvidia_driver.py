@@ -9,10 +9,15 @@ here. The tests of a host build on each other, in the order of this file.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import pytest
+from ansible_collections.gpufleet.llm.plugins.module_utils import nvidia_plan
 from testinfra.host import Host
 
+from tests.nvidia import Machine
 from tests.roles import applied, changed, refused
+from tests.unit.test_nvidia_plan import decided
 
 OLD, NEW, NEXT = "580.159.03", "580.178.04", "595.71.05"
 HARDWARE = "/srv/vendors/hardware"
@@ -72,11 +77,21 @@ def test_the_fabric_manager_is_there_for_nvswitches_only_and_of_the_same_version
     assert not [name for name in driver_packages(one) if "fabric" in name]
 
 
+def test_a_run_that_changes_nothing_looks_once(hgx: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call of the role beside the one that brings the facts of the host."""
+    monkeypatch.setenv("ANSIBLE_CALLBACKS_ENABLED", "gpufleet.llm.remote_calls")
+    said = applied(hgx, ROLE)
+    assert not changed(said)
+    assert re.findall(r"remote calls: \S+ (\d+) ", said) == ["2"], said
+
+
 def test_nothing_that_upgrades_touches_the_driver(hgx: Host) -> None:
     hgx.check_output(f"/srv/vendors.py archive /srv/vendors 535.309.01 580.126.09 {OLD} {NEW} {NEXT} && apt-get update")
     hgx.check_output(
         """printf 'Unattended-Upgrade::Origins-Pattern { "origin=Ubuntu"; };\n' >/etc/apt/apt.conf.d/99-test && unattended-upgrade --verbose"""
     )
+    assert hgx.package("ordinary").version == "5.0"
+    assert version(hgx, "libnvidia-compute-580-server") == OLD
     hgx.check_output("DEBIAN_FRONTEND=noninteractive apt-get --yes dist-upgrade")
     assert version(hgx, "libnvidia-compute-580-server") == OLD
     assert version(hgx, "nvidia-fabricmanager-580") == OLD
@@ -87,6 +102,7 @@ def test_nothing_that_upgrades_touches_the_driver(hgx: Host) -> None:
 def test_without_the_hold_they_would(hgx: Host) -> None:
     applied(hgx, ROLE, nvidia_driver_hold=False)
     assert "Inst libnvidia-compute-580-server" in hgx.check_output("apt-get --simulate dist-upgrade")
+    assert "libnvidia-compute-580-server" in hgx.check_output("unattended-upgrade --dry-run --verbose 2>&1")
     applied(hgx, ROLE)
     assert "Inst libnvidia-compute-580-server" not in hgx.check_output("apt-get --simulate dist-upgrade")
 
@@ -129,6 +145,31 @@ def test_another_source_is_refused_as_long_as_this_one_is_there(hgx: Host) -> No
     )
 
 
+def test_a_repository_that_is_there_for_something_else_does_not_bring_its_driver(hgx: Host) -> None:
+    """As CUDA's compiler or DCGM need it: it outranks the archive, and its packages replace those of the archive."""
+    would = "apt-get --simulate install nvidia-dkms-open libnvidia-compute | grep ^Inst"
+    preferences = "/etc/apt/preferences.d/50-vllm-fleet-nvidia"
+    hgx.check_output(
+        "echo 'deb [trusted=yes] file:/srv/vendors/nvidia /' >/etc/apt/sources.list.d/cuda.list && apt-get update"
+        " && printf 'Package: *\\nPin: release l=NVIDIA CUDA\\nPin-Priority: 600\\n' >/etc/apt/preferences.d/cuda-repository-pin-600"
+    )
+    try:
+        hgx.check_output(
+            "apt-mark unhold $(apt-mark showhold) && DEBIAN_FRONTEND=noninteractive apt-get --yes dist-upgrade"
+        )
+        assert version(hgx, "libnvidia-compute-595-server") == NEXT
+        assert hgx.run(would).rc != 0
+        assert "Inst cuda-nvcc-13-0" in hgx.check_output("apt-get --simulate install cuda-nvcc-13-0")
+        hgx.check_output(f"mv {preferences} /srv/preferences")
+        assert "Inst libnvidia-compute " in hgx.check_output(would)  # it is these that keep it away
+    finally:
+        hgx.check_output(
+            f"test -e {preferences} || mv /srv/preferences {preferences}; rm /etc/apt/sources.list.d/cuda.list /etc/apt/preferences.d/cuda-*; apt-get update"
+        )
+    assert changed(applied(hgx, ROLE, nvidia_driver_branch="595"))  # held again
+    assert not changed(applied(hgx, ROLE, nvidia_driver_branch="595"))
+
+
 def test_a_driver_that_waits_for_a_reboot_is_told(hgx: Host) -> None:
     use_gpus(hgx)
     hgx.check_output(f"echo {OLD} >{HARDWARE}/sys/module/nvidia/version")
@@ -165,10 +206,28 @@ def keyring(host: Host) -> str:
     return str(host.check_output("sha256sum /srv/vendors/cuda-keyring_1.1-1_all.deb").split()[0])
 
 
-def test_what_a_killed_run_left_is_finished(one: Host) -> None:
+def everything(host: Host) -> str:
+    """All packages, configuration, units and loaded modules of a host."""
+    return str(
+        host.check_output(
+            f"dpkg --list; systemctl list-units; find /etc /lib/systemd /usr/local /boot /var/lib/apt {HARDWARE} -type f -exec sha256sum {{}} +"
+        )
+    )
+
+
+def test_check_mode_shows_the_decision_and_changes_nothing(one: Host) -> None:
     applied(one, ROLE, nvidia_driver_state="absent")
     assert driver_packages(one) == []
-    applied(one, ROLE, "--check")
+    before = everything(one)
+    said = told(applied(one, ROLE, "--check", "--diff"))
+    assert "decision: install: open modules, branch 580, from Ubuntu's archive" in said
+    assert "packages: nvidia-headless-no-dkms-580-server-open=580.*" in said
+    assert "+blacklist nouveau" in said
+    assert changed(said)
+    assert everything(one) == before
+
+
+def test_what_a_killed_run_left_is_finished(one: Host) -> None:
     # as far as a run comes that is killed while dpkg works
     one.check_output("mkdir -p /etc/apt/preferences.d && touch /etc/apt/preferences.d/50-vllm-fleet-nvidia")
     one.check_output("dpkg --unpack /srv/vendors/ubuntu/libnvidia-compute-580-server_580.159.03-*.deb")
@@ -196,3 +255,33 @@ def test_nvidias_repository_keeps_its_branch(one: Host) -> None:
     assert NEXT in one.check_output("nvidia-smi")
     assert version(one, "libnvidia-compute") == NEXT
     assert [name for name in driver_packages(one) if "-580" in name] == []
+
+
+# --- from Debian's own archive --------------------------------------------------------------------------------------
+
+
+def test_debians_real_packages_fit_together(hgx: Host, tmp_path: Path) -> None:
+    """
+    Real packages, the real apt, in simulation: nothing is installed. tests/drills/test_debian_driver.py installs them.
+
+    The lists are in a directory of their own, because this host says that it is Ubuntu and does not know Debian's archive any more.
+    """
+    variables = {"source": "debian", "flavour": "proprietary", "allow_insecure": True}
+    plan = decided(Machine("bare-debian12", tmp_path).findings(), **variables)
+    assert plan["action"] == "install", plan["told"]
+    hgx.check_output(
+        "mkdir -p /srv/apt/lists/partial /srv/apt/archives/partial /srv/apt/preferences.d"
+        " && sed 's/ main$/ main contrib non-free non-free-firmware/' /srv/debian.list >/srv/apt/sources.list"
+    )
+    hgx.check_output("printf %s >/srv/apt/preferences.d/nvidia", nvidia_plan.preferences("debian"))
+    apt = (
+        "apt-get -oDir::Etc::SourceList=/srv/apt/sources.list -oDir::Etc::PreferencesParts=/srv/apt/preferences.d -oDir::State::Lists=/srv/apt/lists"
+        " -oDir::Cache=/srv/apt"
+    )
+    hgx.check_output(f"{apt} update")
+    said = hgx.check_output(f"{apt} --simulate --no-install-recommends install {' '.join(plan['packages'])}")
+    found = dict(re.findall(r"^Inst (\S+)(?: \[[^]]*\])? \((\S+) ", said, re.MULTILINE))
+    for name in ("nvidia-kernel-dkms", "nvidia-smi", "libcuda1", "firmware-nvidia-gsp"):
+        assert found[name].startswith("535."), name
+    assert [name for name in found if re.match(r"linux-headers-6\.1\..*-cloud-amd64", name)]
+    assert not [name for name in found if name.startswith("xserver-xorg")]  # no desktop on a server
