@@ -42,6 +42,13 @@ molecule: setup ## The scenario of every role on test hosts; SCENARIO=gateway fo
 e2e: setup ## End to end: a fleet of test hosts, a real model, real requests
 	@$(RUN) e2e
 
+.PHONY: drills gpu
+drills: setup ## What takes long: Debian's real driver, built by DKMS (20 minutes)
+	@.venv/bin/python -m pytest -s tests/drills
+
+gpu: setup ## On a machine with an NVIDIA GPU, as root: deploy there and measure (tests/gpu; 40 minutes)
+	@.venv/bin/python -m tests.gpu
+
 ##@ Work on it
 .PHONY: setup build docs lock lock-controller clean
 setup: ## Make .venv, the controller's Python environment, from requirements.lock

@@ -36,6 +36,9 @@ LONGEST_FIRST = [
     "molecule model_store",
     "molecule tls_certificate",
     "molecule vllm",
+    "molecule nvidia_driver",
+    "molecule docker",
+    "molecule nvidia_container_toolkit",
     "molecule gateway",
     "molecule uv",
 ]
