@@ -13,9 +13,11 @@ TARGETS = (
 
 
 def spread(values: Sequence[float], digits: int = 0) -> str:
-    """Median, least and most."""
+    """Median, least and most; one value by itself."""
     if not values:
         return "-"
+    if len(values) == 1:
+        return f"{values[0]:,.{digits}f}"
     return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
 
 
@@ -44,7 +46,7 @@ def render(results: dict[str, Any]) -> str:
         parts += [
             "## Deployment",
             f"site.yml from the bare machine to a completion through the gateway: {deploy['seconds']:.0f} s, of which vLLM started for "
-            f"{deploy['startup']:.0f} s. A second run changed nothing and took {deploy['seconds_again']:.0f} s. "
+            f"{deploy['startup']:.0f} s, without any cache. A second run changed nothing and took {deploy['seconds_again']:.0f} s. "
             f"The driver: {(deploy['decision'] or ['nothing was to be decided'])[0]}.",
         ]
     if unit := results.get("unit"):

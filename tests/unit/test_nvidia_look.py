@@ -19,7 +19,8 @@ FOUND = {
     "v100": ("ubuntu", "580.159.03 proprietary", "580.159.03 proprietary prebuilt", "580.159.03"),
     "a100": ("nvidia", "580.159.03 open", "580.159.03 open dkms", "580.159.03"),
     "h100x8": ("ubuntu", "580.159.03 open", "580.159.03 open prebuilt", "580.159.03"),
-    "h200-container": ("outside", "580.159.04 open", "", "580.159.04"),
+    # Its libraries are where no distribution has them, so only nvidia-smi knows their version.
+    "h200-container": ("outside", "580.159.04 open", "", ""),
     "consumer": ("ubuntu", "570.124.04 proprietary", "570.124.04 proprietary dkms", "570.124.04"),
     "cloud-image": ("nvidia", "550.90.07 open", "550.90.07 open dkms", "550.90.07"),
     "runfile": ("runfile", "575.57.08 open", "575.57.08 open other", "575.57.08"),
