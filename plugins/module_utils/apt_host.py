@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,25 +14,17 @@ from typing import Any
 
 from ansible_collections.gpufleet.llm.plugins.module_utils import openpgp
 from ansible_collections.gpufleet.llm.plugins.module_utils.dpkg import parse_policy
+from ansible_collections.gpufleet.llm.plugins.module_utils.files import read, write
+from ansible_collections.gpufleet.llm.plugins.module_utils.program import Command
 
 # apt passes over files that end so without a word (Dir::Ignore-Files-Silently).
 DISABLED = ".disabled"
 TIMEOUT = 30
 LARGEST_KEY = 1 << 20
 
-Command = Callable[[list[str]], tuple[int, str, str]]
-
 
 class AptError(Exception):
     """What went wrong, in words for the operator."""
-
-
-def read(path: Path) -> str:
-    """A file; an absent one is empty."""
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def entries(path: str, text: str) -> list[str]:
@@ -133,16 +124,8 @@ class Apt:
         data = content.encode() if content else self.fetch(url)
         if problem := openpgp.problem(data, list(expected)):
             raise AptError(f"{origin} is not the key of this repository: {problem}")
-        target = self.at(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(target.name + ".new")
-        with aside.open("wb") as file:
-            # apt reads it as a user without privileges
-            os.fchmod(file.fileno(), 0o644)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(target)
+        # apt reads it as a user without privileges
+        write(self.at(path), data, mode=0o644, durable=True)
 
     def hold(self, packages: Sequence[str]) -> None:
         """Keep packages as they are, until someone says otherwise."""

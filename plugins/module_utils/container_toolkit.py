@@ -9,13 +9,14 @@ another division of the GPUs (MIG), and where the driver is no module of the ker
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.gpufleet.llm.plugins.module_utils.apt_host import read
 from ansible_collections.gpufleet.llm.plugins.module_utils.dpkg import compare, is_version, newest, older
+from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
+from ansible_collections.gpufleet.llm.plugins.module_utils.program import Command
 
 REFRESH = "nvidia-cdi-refresh.service"
 REFRESH_PATH = "nvidia-cdi-refresh.path"
@@ -31,8 +32,6 @@ LEGACY_HOOKS = (
 LEGACY_PACKAGES = ("nvidia-docker", "nvidia-docker2", "nvidia-container-runtime")
 # The oldest engines that read the specification as it is written from 1.19 on (version 0.7.0).
 ENGINES = {"docker-ce": "5:26.1", "docker.io": "26.1"}
-
-Command = Callable[[list[str]], tuple[int, str, str]]
 
 
 class ToolkitError(Exception):

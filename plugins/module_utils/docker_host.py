@@ -13,19 +13,19 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.gpufleet.llm.plugins.module_utils.apt_host import loaded, read
+from ansible_collections.gpufleet.llm.plugins.module_utils.apt_host import loaded
 from ansible_collections.gpufleet.llm.plugins.module_utils.docker import after_reload, due
+from ansible_collections.gpufleet.llm.plugins.module_utils.files import read, write
+from ansible_collections.gpufleet.llm.plugins.module_utils.program import Command
 
 UNIT, CONTAINERD = "docker.service", "containerd.service"
 PROPERTIES = "Id,LoadState,ActiveState,UnitFileState,MainPID,InvocationID,ExecMainStartTimestampMonotonic"
 API_TIMEOUT = 20
-
-Command = Callable[[list[str]], tuple[int, str, str]]
 
 
 class EngineError(Exception):
@@ -114,12 +114,7 @@ class Engine:
         text = json.dumps({"invocation": unit.get("InvocationID", ""), "options": options}, sort_keys=True)
         if read(self.record) == text:
             return
-        self.record.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.record.with_name(self.record.name + ".new")
-        with aside.open("w") as file:
-            os.fchmod(file.fileno(), 0o600)  # options may hold the password of a proxy
-            file.write(text)
-        aside.replace(self.record)
+        write(self.record, text)  # for root alone: options may hold the password of a proxy
 
     def replaced(self, unit: Mapping[str, str]) -> bool:
         """Whether the program that runs is another one than the one that is installed."""

@@ -14,10 +14,13 @@ import ipaddress
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ansible_collections.gpufleet.llm.plugins.module_utils.files import read, write
+from ansible_collections.gpufleet.llm.plugins.module_utils.program import Command
 
 TABLE = ["inet", "vllm_fleet"]
 UNIT = "vllm-fleet-firewall.service"
@@ -36,8 +39,6 @@ table inet vllm_fleet {
 """
 LEARN_SECONDS = 3
 
-Command = Callable[[list[str]], tuple[int, str, str]]
-
 
 class FirewallError(Exception):
     """What went wrong, in words for the operator."""
@@ -46,27 +47,6 @@ class FirewallError(Exception):
 def digest(text: str) -> str:
     """A text by its hash."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read(path: Path) -> str:
-    """A file; an absent one is empty."""
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def write(path: Path, text: str, durable: bool = False) -> None:
-    """Replace a file at once. One that is durable is on the disk afterwards, whatever happens to the power."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".new")
-    with aside.open("w") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(text)
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
-    aside.replace(path)
 
 
 @dataclass

@@ -19,6 +19,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
+
 ROOT = Path("/")
 HELD_UPDATES = Path("/var/lib/vllm-fleet/held-updates.json")
 PROGRAM_RECORDS = Path("/usr/local/lib/wheel_program")
@@ -60,14 +62,6 @@ IMAGE_FILE_SYSTEMS = {"erofs", "iso9660", "squashfs"}
 
 HASH_LIMIT = 1024**2
 ENTRY_NAME = operator.attrgetter("name")
-
-
-def read(path: Path) -> str:
-    """The text of a file, empty when it cannot be read."""
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def os_release(text: str) -> dict[str, str]:

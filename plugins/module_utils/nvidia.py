@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ansible_collections.gpufleet.llm.plugins.module_utils import host, nvidia_pci
+from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
 from ansible_collections.gpufleet.llm.plugins.module_utils.gpu import (
     NVIDIA_SMI_QUERY,
     NVIDIA_SMI_XML,
     parse_nvidia_smi_full,
 )
-from ansible_collections.gpufleet.llm.plugins.module_utils.host import ROOT, read
+from ansible_collections.gpufleet.llm.plugins.module_utils.host import ROOT
 
 # Seconds. nvidia-smi without persistence mode wakes every GPU, some seconds each.
 NVIDIA_SMI_TIMEOUT = 90

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.gpufleet.llm.plugins.module_utils.host import ENTRY_NAME, ROOT, read
+from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
+from ansible_collections.gpufleet.llm.plugins.module_utils.host import ENTRY_NAME, ROOT
 
 VENDOR = "0x10de"
 # PCI classes. A data center GPU is a 3D controller (0302) and no VGA one (0300): `lspci | grep VGA` misses an H100.

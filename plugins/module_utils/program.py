@@ -1,14 +1,31 @@
 # Copyright: the vLLM Fleet authors
 # SPDX-License-Identifier: Apache-2.0
-"""Programs of a host that run while something else is read, and that are not waited for when they hang."""
+"""Programs of a host: run by a module, or while something else is read and not waited for when they hang."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ansible.module_utils.basic import AnsibleModule
+
+Command = Callable[[list[str]], tuple[int, str, str]]
 
 # Where root has its programs, for a login that does not look there; the last one is where a machine mounts those of its driver into a container.
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/nvidia/bin"
+
+
+def commands(module: AnsibleModule, path: str = "/usr/sbin:/usr/bin:/sbin:/bin") -> Command:
+    """Runs commands for a module, in the words that are looked for: exit status, output, errors. One that is not there is an error like any other."""
+
+    def run(command: list[str]) -> tuple[int, str, str]:
+        status, output, error = module.run_command(["/usr/bin/env", "LC_ALL=C.UTF-8", f"PATH={path}", *command])
+        return int(status), str(output), str(error)
+
+    return run
 
 
 class Program:

@@ -108,6 +108,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils.apt_host import Apt, AptError
+from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 
 ARGUMENTS: dict[str, Any] = {
     "state": {"type": "str", "choices": ["looked", "trusted", "held"], "default": "looked"},
@@ -127,7 +128,7 @@ def main() -> None:
     """Do what is asked for."""
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
     given = module.params
-    apt = Apt(lambda command: run(module, command))
+    apt = Apt(commands(module))
     look = apt.look(given)
     changes = False
     try:
@@ -145,14 +146,6 @@ def main() -> None:
     except (AptError, OSError) as error:
         module.fail_json(msg=str(error))
     module.exit_json(changed=changes, **look)
-
-
-def run(module: AnsibleModule, command: list[str]) -> tuple[int, str, str]:
-    """Run a command in the words that are looked for."""
-    status, output, error = module.run_command(
-        ["/usr/bin/env", "LC_ALL=C.UTF-8", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", *command]
-    )
-    return int(status), str(output), str(error)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils.apt_host import Apt
 from ansible_collections.gpufleet.llm.plugins.module_utils.container_toolkit import Toolkit, ToolkitError
+from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 
 ARGUMENTS: dict[str, Any] = {
     "state": {"type": "str", "choices": ["looked", "refreshed"], "default": "looked"},
@@ -110,11 +111,12 @@ def main() -> None:
     """Do what is asked for."""
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
     given = module.params
-    toolkit = Toolkit(lambda command: run(module, command))
+    command = commands(module, "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    toolkit = Toolkit(command)
     found: dict[str, Any] = {}
     try:
         if given["apt"]:
-            found["apt"] = Apt(lambda command: run(module, command)).look(given["apt"])
+            found["apt"] = Apt(command).look(given["apt"])
         if given["state"] == "looked":
             found.update(toolkit.look())
         elif module.check_mode:
@@ -125,14 +127,6 @@ def main() -> None:
     except (ToolkitError, OSError) as error:
         module.fail_json(msg=f"NVIDIA's container toolkit on {given['host']}: {error}")
     module.exit_json(changed=bool(found.get("done")), **found)
-
-
-def run(module: AnsibleModule, command: list[str]) -> tuple[int, str, str]:
-    """Run a command in the words that are looked for."""
-    status, output, error = module.run_command(
-        ["/usr/bin/env", "LC_ALL=C.UTF-8", "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", *command]
-    )
-    return int(status), str(output), str(error)
 
 
 if __name__ == "__main__":

@@ -134,6 +134,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils.apt_host import Apt
 from ansible_collections.gpufleet.llm.plugins.module_utils.docker_host import Engine, EngineError, decided
+from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 
 ARGUMENTS: dict[str, Any] = {
     "state": {"type": "str", "choices": ["looked", "applied"], "default": "looked"},
@@ -149,11 +150,12 @@ def main() -> None:
     """Do what is asked for."""
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
     given = module.params
-    engine = Engine(lambda command: run(module, command))
+    command = commands(module)
+    engine = Engine(command)
     found: dict[str, Any] = {}
     try:
         if given["apt"]:
-            found["apt"] = Apt(lambda command: run(module, command)).look(given["apt"])
+            found["apt"] = Apt(command).look(given["apt"])
         if given["state"] == "looked":
             found.update(engine.look(given["options"], remember=not module.check_mode))
         elif module.check_mode:
@@ -164,14 +166,6 @@ def main() -> None:
     except (EngineError, OSError) as error:
         module.fail_json(msg=f"Docker on {given['host']}: {error}")
     module.exit_json(changed=found.get("action", "") not in ("", "deferred"), **found)
-
-
-def run(module: AnsibleModule, command: list[str]) -> tuple[int, str, str]:
-    """Run a command in the words that are looked for."""
-    status, output, error = module.run_command(
-        ["/usr/bin/env", "LC_ALL=C.UTF-8", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", *command]
-    )
-    return int(status), str(output), str(error)
 
 
 if __name__ == "__main__":

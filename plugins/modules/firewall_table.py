@@ -126,6 +126,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils.firewall_host import Firewall, FirewallError, obstacles
+from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 
 ARGUMENTS: dict[str, Any] = {
     "state": {"type": "str", "choices": ["looked", "tried", "kept", "undone"], "default": "looked"},
@@ -148,7 +149,7 @@ def main() -> None:
     """Do what is asked for."""
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
     given = module.params
-    firewall = Firewall(lambda command: run(module, command))
+    firewall = Firewall(commands(module))
     state = given["state"]
     look = firewall.look(given["rules"]) if state in ("looked", "tried") else None
     try:
@@ -179,14 +180,6 @@ def main() -> None:
         module.exit_json(changed=undone, undone=undone)
     except (FirewallError, OSError) as error:
         module.fail_json(msg=f"The firewall of {given['host']}: {error}")
-
-
-def run(module: AnsibleModule, command: list[str]) -> tuple[int, str, str]:
-    """Run a command, found where root has its programs. One that is not there is an error like any other."""
-    status, output, error = module.run_command(
-        ["/usr/bin/env", "LC_ALL=C.UTF-8", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", *command]
-    )
-    return int(status), str(output), str(error)
 
 
 if __name__ == "__main__":

@@ -283,6 +283,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils import host, tree_seen
+from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
 from ansible_collections.gpufleet.llm.plugins.module_utils.gpu import NVIDIA_SMI_QUERY, parse_nvidia_smi
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import Program
 
@@ -336,8 +337,8 @@ def main() -> None:
         facts.update(packages=host.packages(), lists_age_seconds=host.lists_age(), programs=host.programs())
         facts["held_updates"] = host.held_updates()
     if "users" in gather:
-        group_file = host.read(Path("/etc/group"))
-        facts.update(users=host.ids(host.read(Path("/etc/passwd"))), groups=host.ids(group_file))
+        group_file = read(Path("/etc/group"))
+        facts.update(users=host.ids(read(Path("/etc/passwd"))), groups=host.ids(group_file))
         facts["group_members"] = host.members(group_file)
     if "ports" in gather:
         facts["ports"] = host.ports()
