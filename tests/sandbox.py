@@ -38,7 +38,7 @@ write(os.environ["HOME"] + "/probe"); write("/tmp/probe")
 print("uid", os.getuid(), "home", oct(os.stat(os.environ["HOME"]).st_mode & 0o777))
 """
 ATTEMPTS = 22
-# Devices: those of the GPUs open, all others that root could open do not. chmod makes them a matter of the sandbox alone.
+# Devices: those of the GPUs open, all others that root could open do not.
 DEVICES = r"""
 import glob
 for path in {devices}:

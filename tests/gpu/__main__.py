@@ -322,15 +322,21 @@ class Steps:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def bench(self, plan: list[dict[str, Any]], name: str, key: str) -> list[dict[str, Any]]:
-        """Carry out a plan of `vllm bench serve`; return what came of each run."""
+    def bench(self, plan: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+        """Carry out a plan of `vllm bench serve`; return what came of each run.
+
+        It takes one key from its environment, that of the instance; runs through the gateway show the client's instead.
+        """
+        for order in plan:
+            if order["way"] == "gateway":
+                order["arguments"] += ["--header", f"Authorization=Bearer {self.key}"]
         plan_file, results = self.directory / f"{name}-plan.json", self.directory / f"{name}.jsonl"
         plan_file.write_text(json.dumps(plan))
         results.unlink(missing_ok=True)
         release = Path("/etc/vllm/chat/current/release").resolve()
         # Proxies are for what is outside; the authority of the gateway is known by its file.
         environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-        environment |= {"OPENAI_API_KEY": key, "SSL_CERT_FILE": str(host.CA), "HF_HUB_OFFLINE": "1", "LC_ALL": "C.UTF-8"}  # fmt: skip
+        environment |= {"OPENAI_API_KEY": self.internal_key, "SSL_CERT_FILE": str(host.CA), "HF_HUB_OFFLINE": "1", "LC_ALL": "C.UTF-8"}  # fmt: skip
         output = run(
             f"{release}/bin/python", str(ROOT / "tests/gpu/bench.py"), str(plan_file), str(results), env=environment
         )
@@ -365,7 +371,6 @@ class Steps:
 
     def throughput(self) -> None:
         """Bare process, hardened unit, and the unit through the gateway, in turns."""
-        # One key for both, or each run would have to know its own.
         ways, plan, seed = ["bare", "unit", "gateway"], [], 1000
         for pair in range(self.options.pairs):
             for streams, requests in self.points().items():
@@ -377,15 +382,8 @@ class Steps:
                         | {"streams": streams}
                     )
         with self.bare():
-            rows = self.bench(self.with_keys(plan), "throughput", self.internal_key)
+            rows = self.bench(plan, "throughput")
         self.keep("throughput", [self.short(row) for row in rows])
-
-    def with_keys(self, plan: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Runs through the gateway show the client's key; `vllm bench serve` takes one key from its environment for all others."""
-        for order in plan:
-            if order["way"] == "gateway":
-                order["arguments"] += ["--header", f"Authorization=Bearer {self.key}"]
-        return plan
 
     def rate(self) -> None:
         """A steady arrival rate that holds 128 running requests, through the gateway."""
@@ -406,7 +404,7 @@ class Steps:
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            rows = self.bench(self.with_keys([closed, steady]), "rate", self.internal_key)
+            rows = self.bench([closed, steady], "rate")
         finally:
             done.set()
             watcher.join()

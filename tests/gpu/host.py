@@ -66,9 +66,9 @@ def complete(base: str, key: str, tokens: int = 1) -> bool:
         connection.close()
 
 
-def show(*properties: str, unit: str = UNIT) -> dict[str, str]:
+def show(*properties: str) -> dict[str, str]:
     """Properties of the unit."""
-    lines = run("systemctl", "show", unit, f"--property={','.join(properties)}").splitlines()
+    lines = run("systemctl", "show", UNIT, f"--property={','.join(properties)}").splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
