@@ -227,12 +227,14 @@ def test_check_mode_shows_the_decision_and_changes_nothing(one: Host) -> None:
     assert everything(one) == before
 
 
-def test_what_a_killed_run_left_is_finished(one: Host) -> None:
+def test_what_a_killed_run_left_is_finished_when_no_other_apt_works(one: Host) -> None:
     # as far as a run comes that is killed while dpkg works
     one.check_output("mkdir -p /etc/apt/preferences.d && touch /etc/apt/preferences.d/50-vllm-fleet-nvidia")
     one.check_output("dpkg --unpack /srv/vendors/ubuntu/libnvidia-compute-580-server_580.159.03-*.deb")
     one.check_output("rm -rf %s/sys/module/nvidia %s/proc/driver", HARDWARE, HARDWARE)
-    applied(one, ROLE)
+    lock = "import fcntl, time; file = open('/var/lib/dpkg/lock-frontend', 'w'); fcntl.lockf(file, fcntl.LOCK_EX); time.sleep(45)"
+    one.check_output("systemd-run --unit=another-apt python3 -c %s", lock)
+    assert "retries left" in applied(one, ROLE)
     assert OLD in one.check_output("nvidia-smi")
     applied(one, ROLE, nvidia_driver_state="absent")
     one.check_output("rm -rf %s/sys/module/nvidia %s/proc/driver", HARDWARE, HARDWARE)
