@@ -227,6 +227,27 @@ def test_check_mode_shows_the_decision_and_changes_nothing(one: Host) -> None:
     assert everything(one) == before
 
 
+def test_what_lacks_security_fixes_is_refused_until_the_archive_has_newer(one: Host) -> None:
+    one.check_output("/srv/vendors.py archive /srv/vendors 580.126.09 && apt-get update")
+    before = everything(one)
+    try:
+        for options in ([], ["--check"]):
+            said = told(refused(one, ROLE, *options))
+            assert (
+                "Of nvidia-headless-no-dkms-580-server-open Ubuntu's archive has 580.126.09, by the package lists of the host"
+                in said
+            )
+            assert "security fixes of the branch 580 came with 580.159.03" in said
+        assert everything(one) == before
+    finally:
+        one.check_output("/srv/vendors.py archive /srv/vendors")
+    # the host's own lists are still the old ones
+    applied(one, ROLE)
+    assert OLD in one.check_output("nvidia-smi")
+    applied(one, ROLE, nvidia_driver_state="absent")
+    one.check_output("rm -rf %s/sys/module/nvidia %s/proc/driver", HARDWARE, HARDWARE)
+
+
 def test_what_a_killed_run_left_is_finished_when_no_other_apt_works(one: Host) -> None:
     # as far as a run comes that is killed while dpkg works
     one.check_output("mkdir -p /etc/apt/preferences.d && touch /etc/apt/preferences.d/50-vllm-fleet-nvidia")
