@@ -289,7 +289,7 @@ def test_debians_real_packages_fit_together(hgx: Host, tmp_path: Path) -> None:
 
     The lists are in a directory of their own, because this host says that it is Ubuntu and does not know Debian's archive any more.
     """
-    variables = {"source": "debian", "flavour": "proprietary", "allow_insecure": True}
+    variables = {"source": "debian", "flavour": "proprietary"}
     plan = decided(Machine("bare-debian12", tmp_path).findings(), **variables)
     assert plan["action"] == "install", plan["told"]
     hgx.check_output(
