@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ansible_collections.gpufleet.llm.plugins.module_utils.dpkg import parse_policy
 from ansible_collections.gpufleet.llm.plugins.module_utils.gpu import NVIDIA_SMI_QUERY, NVIDIA_SMI_XML
 from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia import Look
 
@@ -31,13 +32,14 @@ class Machine:
     def __init__(self, name: str, root: Path) -> None:
         self.directory, self.root = RECORDINGS / name, root
         self.answers: dict[str, Answer] = {}
+        self.available: dict[str, Any] = {}
         for title, body in sections((self.directory / "host.txt").read_text()):
             kind, _, rest = title.partition(" ")
             getattr(self, f"put_{kind}")(rest, body)
 
     def findings(self) -> dict[str, Any]:
-        """What the module would find there."""
-        return Look(self.start, root=self.root, hardware=self.root).findings()
+        """What the module would find there, with what apt has."""
+        return {**Look(self.start, root=self.root, hardware=self.root).findings(), "available": self.available}
 
     def start(self, command: list[str]) -> Answer:
         """Stands in for starting a program."""
@@ -75,6 +77,9 @@ class Machine:
                 self.write(f"{path}/{name}", f"{value}\n".encode())
             if driver and driver != "-":
                 (self.root / path / "driver").symlink_to(f"../../../../bus/pci/drivers/{driver}")
+
+    def put_offers(self, _rest: str, body: str) -> None:
+        self.available = parse_policy(body)
 
     def put_packages(self, _rest: str, body: str) -> None:
         paragraphs = []

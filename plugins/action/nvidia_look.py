@@ -1,12 +1,12 @@
 # Copyright: the vLLM Fleet authors
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the module of the same name quickly, and decides on the controller by what it found."""
+"""Runs the module of the same name quickly, and decides on the controller by what it found, and by what apt has where it is to install something."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia_plan import decide
+from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia_plan import decide, to_install
 from ansible_collections.gpufleet.llm.plugins.plugin_utils.quick import QuickCalls
 
 
@@ -21,4 +21,8 @@ class ActionModule(QuickCalls):
         result.update(self.quick("nvidia_look", arguments, task_vars or {}))
         if settings and not result.get("failed"):
             result["plan"] = decide(result["findings"], settings)
+            if names := to_install(result["plan"]):
+                apt = self.quick("apt_source", {"packages": names, "available": True}, task_vars or {})
+                result["findings"]["available"] = apt.get("available", {})
+                result["plan"] = decide(result["findings"], settings)
         return result

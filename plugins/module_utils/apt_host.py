@@ -127,17 +127,17 @@ class Apt:
         # apt reads it as a user without privileges
         write(self.at(path), data, mode=0o644, durable=True)
 
-    def hold(self, packages: Sequence[str]) -> None:
-        """Keep packages as they are, until someone says otherwise."""
+    def mark(self, what: str, packages: Sequence[str]) -> None:
+        """Keep packages as they are (hold), or let them change again (unhold)."""
         until = time.monotonic() + self.seconds_to_wait
         while True:
-            status, output, error = self.command(["apt-mark", "hold", *packages])
+            status, output, error = self.command(["apt-mark", what, *packages])
             # apt-mark does not wait for another apt, whatever DPkg::Lock::Timeout says
             if not status or "was locked by" not in error or time.monotonic() > until:
                 break
             time.sleep(self.pause)
         if status:
-            raise AptError(f"`apt-mark hold {' '.join(packages)}` failed: {(error or output).strip()}")
+            raise AptError(f"`apt-mark {what} {' '.join(packages)}` failed: {(error or output).strip()}")
 
 
 def fetched(url: str) -> bytes:

@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 
 
-def read(path: Path) -> str:
+def read(path: Path | str) -> str:
     """A file; an absent one is empty."""
     try:
-        return path.read_text(errors="replace")
+        return Path(path).read_text(errors="replace")
     except OSError:
         return ""
 

@@ -49,6 +49,7 @@ LIBRARIES = (
 )
 # The packages whose version is that of the driver in use, the best first: Ubuntu and NVIDIA, then Debian.
 USERSPACE = ("libnvidia-compute", "libcuda1", "libnvidia-ml1", "nvidia-utils", "nvidia-smi")
+ADDED = "etc/apt/sources.list.d/vllm-fleet-debian.sources"
 MARKER = "etc/apt/preferences.d/50-vllm-fleet-nvidia"
 UNITS = [
     "nvidia-persistenced.service", "nvidia-fabricmanager.service", "nvidia-dcgm.service", "vllm-fleet-nvidia-nodes.service",
@@ -116,6 +117,8 @@ class Look:
                 if entry["state"] not in ("installed", "config-files", "not-installed")
             ),
             "holds": sorted(name for name, entry in packages.items() if entry["wanted"] == "hold"),
+            "added_archives": re.findall(r"^URIs: (\S+)", read(self.root / ADDED), re.MULTILINE),
+            "available": {},  # the action asks apt when something is to be installed
             "userspace": userspace_version(packages) or self.library_version(),
             "origin": self.origin(packages, system["distribution"]),
             "image": self.image(),
@@ -275,7 +278,7 @@ def field(paragraph: str, name: str) -> str:
 
 def tells_origin(name: str) -> bool:
     """Whether a package belongs to the driver proper. Small helpers exist everywhere at versions of their own."""
-    helpers = r"nvidia-(settings|modprobe|prime|alternative|legacy-check|support|xconfig|egl|vulkan|vdpau|opencl)|libnvidia-egl|nvlsm|libnvsdm"
+    helpers = r"nvidia-(settings|modprobe|persistenced|prime|alternative|legacy-check|support|xconfig|egl|vulkan|vdpau|opencl)|libnvidia-egl|nvlsm|libnvsdm"
     return bool(DRIVER_PACKAGE.match(name)) and not re.match(helpers, name) and "pinning" not in name
 
 

@@ -12,10 +12,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ansible_collections.gpufleet.llm.plugins.module_utils.dpkg import newest
 from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia import (
     DRIVER_PACKAGE,
     KERNEL_PACKAGE,
     names_of,
+    tells_origin,
     upstream,
     version_key,
 )
@@ -28,6 +30,12 @@ SOURCES = {
     "mixed": "more than one source",
     "runfile": "NVIDIA's .run installer",
     "outside": "outside of the package manager",
+}
+# Where newer versions are than in the archive that a host knows.
+NEWER = {
+    "ubuntu": "Have apt ask an archive that is up to date, or take another nvidia_driver_branch",
+    "debian": "Have apt ask Debian's security archive, too (nvidia_driver_debian_security_url), for the proprietary modules (nvidia_driver_flavour); or take "
+    "nvidia_driver_source: nvidia",
 }
 # Units that hold the devices and may be stopped and started again; everything else is somebody's work.
 OWN_UNITS = {
@@ -51,6 +59,10 @@ class RefusedError(Exception):
         self.reason, self.advice = reason, advice
 
 
+class OutdatedError(RefusedError):
+    """What fresh package lists may change."""
+
+
 def decide(found: Found, wanted: Found) -> dict[str, Any]:
     """
     The decision.
@@ -60,11 +72,12 @@ def decide(found: Found, wanted: Found) -> dict[str, Any]:
     activate: nothing, load, reload or reboot, for a driver that is installed and not in use; blocked: why that may not be done.
     replaced: installed packages of another branch or flavour, whose place is taken.
     fabric, holds, unholds, leftovers, services: what else is not as wanted. warnings, unproved: what a person should know, and what is broken.
+    outdated: whether it is refused for what apt's lists have, which may be old.
     """
     result: dict[str, Any] = {
         "action": "leave", "reason": "", "advice": "", "warnings": [], "unproved": [], "managed": False, "expected_gpus": expected(found, wanted),
         "source": "", "branch": "", "version": "", "flavour": "", "pin": [], "packages": [], "optional": [], "required": [], "replaced": [], "downgrade": False,
-        "activate": "", "activate_reasons": [], "blocked": "", "fabric": [], "holds": [], "unholds": [], "leftovers": [], "services": [],
+        "activate": "", "activate_reasons": [], "blocked": "", "fabric": [], "holds": [], "unholds": [], "leftovers": [], "services": [], "outdated": False,
     }  # fmt: skip
     try:
         if wanted["state"] == "absent":
@@ -72,7 +85,8 @@ def decide(found: Found, wanted: Found) -> dict[str, Any]:
         else:
             result.update(presence(found, wanted))
     except RefusedError as error:
-        result.update(action="refuse", reason=error.reason, advice=error.advice)
+        outdated = isinstance(error, OutdatedError)
+        result.update(action="refuse", reason=error.reason, advice=error.advice, outdated=outdated)
     if result["action"] == "leave" and wanted["state"] == "present" and wanted["manage"] != "never":
         result.update(aftercare(found, wanted, result["managed"]))
     if result["action"] in ("install", "upgrade", "remove"):
@@ -130,7 +144,9 @@ def presence(found: Found, wanted: Found) -> dict[str, Any]:
             "warnings": ["the driver's packages come from more than one source; the next upgrade may break it"],
         }
     target = aim(found, wanted)
-    return change(found, wanted, target, current, bool(how))
+    result = change(found, wanted, target, current, bool(how))
+    offered(found, wanted, {**target, **result})
+    return result
 
 
 def foreign(found: Found, current: str, works: bool) -> dict[str, Any]:
@@ -298,6 +314,30 @@ def secure(found: Found, wanted: Found, branch: str, version: str) -> None:
         f"nvidia_driver_version is {version}, but security fixes of the branch {branch} came with {floor}.",
         f"Take {floor} or newer; or set nvidia_driver_allow_insecure: true.",
     )
+
+
+def to_install(result: Found) -> list[str]:
+    """The packages that a decision has apt install. What apt has of them is `available` among the findings, once it was asked."""
+    due = result.get("action") in ("install", "upgrade")
+    return [name.partition("=")[0] for name in result["packages"]] if due else []
+
+
+def offered(found: Found, wanted: Found, result: Found) -> None:
+    """Refuse what would be installed and is below its floor, where it is known: apt may not know the source yet."""
+    source, branch = result["source"], result["branch"]
+    added = [url for url in (wanted["debian_url"], wanted["debian_security_url"]) if url and source == "debian"]
+    # NVIDIA's repository is added on the way; until then others may have packages of the same names.
+    if wanted["allow_insecure"] or source not in NEWER or added != found["added_archives"]:
+        return
+    floor = wanted["floors"][branch]
+    for name in filter(tells_origin, to_install(result)):
+        versions = found["available"].get(name, {"versions": []})["versions"]
+        version = upstream(newest(one for one in versions if upstream(one).startswith(f"{branch}.")))
+        if version and version_key(version) < version_key(floor):
+            raise OutdatedError(
+                f"Of {name} {SOURCES[source]} has {version}, by the package lists of the host, but security fixes of the branch {branch} came with {floor}.",
+                f"{NEWER[source]}; or set nvidia_driver_allow_insecure: true.",
+            )
 
 
 def change(found: Found, wanted: Found, target: dict[str, Any], current: str, waits: bool) -> dict[str, Any]:

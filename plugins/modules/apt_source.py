@@ -20,9 +20,9 @@ options:
     description:
       - V(looked) says what is there and changes nothing.
       - V(trusted) puts the key in place and disables the other files that name the repository and nothing else, by renaming them to C(*.disabled).
-      - V(held) puts O(packages) on hold, so that nothing upgrades them on the way.
+      - V(held) puts O(packages) on hold, so that nothing upgrades them on the way, and V(unheld) lets them change again. Both wait for another apt.
     type: str
-    choices: [looked, trusted, held]
+    choices: [looked, trusted, held, unheld]
     default: looked
   key_path:
     description: Where the key is on the host, empty when there is none.
@@ -111,7 +111,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.apt_host import Apt, 
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 
 ARGUMENTS: dict[str, Any] = {
-    "state": {"type": "str", "choices": ["looked", "trusted", "held"], "default": "looked"},
+    "state": {"type": "str", "choices": ["looked", "trusted", "held", "unheld"], "default": "looked"},
     "key_path": {"type": "str", "default": ""},
     # not secrets, whatever their names look like
     "key_fingerprints": {"type": "list", "elements": "str", "default": [], "no_log": False},
@@ -138,11 +138,12 @@ def main() -> None:
                 apt.place_key(given["key_path"], given["key"], given["key_url"], given["key_fingerprints"])
             if not module.check_mode:
                 apt.disable(look["foreign"])
-        elif given["state"] == "held":
-            waiting = [name for name in given["packages"] if name not in look["held"]]
+        elif given["state"] in ("held", "unheld"):
+            hold = given["state"] == "held"
+            waiting = [name for name in given["packages"] if (name in look["held"]) != hold]
             changes = bool(waiting)
             if waiting and not module.check_mode:
-                apt.hold(waiting)
+                apt.mark("hold" if hold else "unhold", waiting)
     except (AptError, OSError) as error:
         module.fail_json(msg=str(error))
     module.exit_json(changed=changes, **look)

@@ -13,7 +13,8 @@ short_description: Looks at the NVIDIA devices and the driver of a host
 description:
   - Says in one call what devices are on the PCI bus, which kernel modules are loaded and on disk, which packages there are and where they came
     from, what holds the devices, and what C(nvidia-smi) says. Changes nothing.
-  - With O(settings) it also decides what is to be done, on the controller and without asking the host again.
+  - With O(settings) it also decides what is to be done, on the controller. The host is asked again only when something is to be installed, for what its
+    package lists have.
   - For a short form that other roles go by see M(gpufleet.llm.host_facts).
   - A source that is missing or broken gives an empty value, never a failure. A C(nvidia-smi) that hangs is not waited for.
 options:
@@ -73,6 +74,9 @@ plan:
     blocked:
       description: Why that may not be done.
       type: str
+    outdated:
+      description: Whether it is refused for what the package lists of the host have. Fresh ones may have something newer.
+      type: bool
     unproved:
       description: Why the host cannot serve with all of its GPUs.
       type: list
@@ -121,6 +125,13 @@ findings:
       description: Version of the libraries.
       type: str
       sample: 580.159.03
+    added_archives:
+      description: Addresses of Debian's archive that the role P(gpufleet.llm.nvidia_driver#role) added.
+      type: list
+      elements: str
+    available:
+      description: For each package that would be installed the C(candidate) and all C(versions) that apt could install. Empty when nothing would be.
+      type: dict
     origin:
       description:
         - Where the driver came from. V(ubuntu), V(nvidia) and V(debian) are packages, V(mixed) packages of more than one of them, V(runfile) NVIDIA's

@@ -143,7 +143,6 @@ import contextlib
 import grp
 import os
 import pwd
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -151,11 +150,14 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils import ssh
+from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
 from ansible_collections.gpufleet.llm.plugins.module_utils.host import listeners
+from ansible_collections.gpufleet.llm.plugins.module_utils.program import Program
 from ansible_collections.gpufleet.llm.plugins.module_utils.ssh_guard import DIRECTORY
 
 SSHD = "/usr/sbin/sshd"
 RUN_DIRECTORY = Path("/run/sshd")
+TIMEOUT = 30  # seconds
 SHOW_SOCKET = ["systemctl", "show", "ssh.socket", "--property=ActiveState,UnitFileState,Listen"]
 
 
@@ -163,24 +165,11 @@ class RefusedError(Exception):
     """What a program said when it failed."""
 
 
-def start(*command: str) -> subprocess.Popen[str]:
-    """Run a program beside the others."""
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-        env={**os.environ, "LC_ALL": "C.UTF-8"},
-    )
-
-
-def output(process: subprocess.Popen[str]) -> str:
-    """What it printed."""
-    text, error = process.communicate()
-    if process.returncode:
-        raise RefusedError(" ".join((error or text).split()) or f"it ended with {process.returncode}")
+def output(program: Program) -> str:
+    """What a program printed."""
+    good, text = program.output(TIMEOUT)
+    if not good:
+        raise RefusedError(" ".join(text.split()))
     return text
 
 
@@ -196,14 +185,6 @@ def run_directory() -> Iterator[None]:
         if missing:
             with contextlib.suppress(OSError):
                 RUN_DIRECTORY.rmdir()
-
-
-def read(path: str) -> str:
-    """The text of a file, empty when there is none."""
-    try:
-        return Path(path).read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def session(proc: Path = Path("/proc")) -> dict[str, Any]:
@@ -241,7 +222,7 @@ def host_keys() -> dict[str, ssh.Key]:
             text = read(f"{path}.pub")
             if not ssh.parse_key(text):
                 with contextlib.suppress(RefusedError):
-                    text = output(start("ssh-keygen", "-y", "-P", "", "-f", path))
+                    text = output(Program(["ssh-keygen", "-y", "-P", "", "-f", path]))
             if key := ssh.parse_key(text):
                 found[path] = key
     return found
@@ -258,8 +239,8 @@ class Look:
         self.moves = False
         self.of_login: dict[str, dict[str, list[str]]] = {}
         self.came_by = session()
-        queries = {name: start("ssh", "-Q", name) for name in sorted(set(ssh.QUERIES.values()))}
-        effective, socket = start(SSHD, "-T"), start(*SHOW_SOCKET)
+        queries = {name: Program(["ssh", "-Q", name]) for name in sorted(set(ssh.QUERIES.values()))}
+        effective, socket = Program([SSHD, "-T"]), Program(SHOW_SOCKET)
         self.offered = {name: output(process).split() for name, process in queries.items()}
         self.socket = ssh.parse_socket(output(socket))
         self.main = read(ssh.CONFIG)
@@ -388,10 +369,10 @@ class Look:
             Path(written).write_text("".join(f"{line}\n" for line in lines))
             Path(main).write_text(ssh.with_drop_in(self.main, self.others, ssh.DROP_IN, written))
             try:
-                output(start(SSHD, "-t", "-f", main))
-                effective = ssh.parse_effective(output(start(SSHD, "-T", "-f", main)))
+                output(Program([SSHD, "-t", "-f", main]))
+                effective = ssh.parse_effective(output(Program([SSHD, "-T", "-f", main])))
                 self.of_login = {
-                    user: ssh.parse_effective(output(start(SSHD, "-T", "-f", main, "-C", login.connection())))
+                    user: ssh.parse_effective(output(Program([SSHD, "-T", "-f", main, "-C", login.connection()])))
                     for user, login in self.known_logins().items()
                 }
             except RefusedError as error:
@@ -441,7 +422,7 @@ class Look:
         if effective is self.effective:
             try:
                 self.of_login = {
-                    user: ssh.parse_effective(output(start(SSHD, "-T", "-C", one.connection())))
+                    user: ssh.parse_effective(output(Program([SSHD, "-T", "-C", one.connection()])))
                     for user, one in known.items()
                 }
             except RefusedError as error:

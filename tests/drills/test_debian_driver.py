@@ -1,5 +1,6 @@
 """
-Debian 12's own packages of the driver, really installed by the role: DKMS builds the module, and the role says what is missing then.
+Debian 12's own packages of the driver, really installed by the role: DKMS builds the module, and the role says what is missing then. Before that,
+what lacks security fixes is refused.
 
 By hand, as root, where a Docker engine and Debian's archive answer (15 minutes on two cores, most of it DKMS; 3 GB on the disk):
 
@@ -32,9 +33,6 @@ HARDWARE = "/srv/hardware"
 VARIABLES = {
     "nvidia_driver_source": "debian",
     "nvidia_driver_flavour": "proprietary",
-    "nvidia_driver_allow_insecure": True,
-    # Spelled otherwise than in the sources that the host has.
-    "nvidia_driver_debian_url": "http://deb.debian.org/debian/",
     "__nvidia_driver_test_hardware": HARDWARE,
 }
 
@@ -63,7 +61,16 @@ def kernel(host: Host) -> str:
     return found
 
 
-def applied(directory: Path, **variables: object) -> tuple[int, str]:
+def archives(host: Host) -> dict[str, str]:
+    """Debian's archive and that of its security fixes, from where the host has them; spelled otherwise, as the role wants it."""
+    found = re.findall(
+        r"^deb (\S+?)/* bookworm(-security|) ", host.file("/etc/apt/sources.list").content_string, re.MULTILINE
+    )
+    urls = {suite: f"{url}/" for url, suite in found}
+    return {"nvidia_driver_debian_url": urls[""], "nvidia_driver_debian_security_url": urls["-security"]}
+
+
+def applied(host: Host, directory: Path, **variables: object) -> tuple[int, str]:
     """Apply the role: exit code, and what was told without line breaks."""
     inventory = {"ansible_connection": "community.docker.docker", "ansible_python_interpreter": "/usr/bin/python3"}
     play = {
@@ -72,7 +79,7 @@ def applied(directory: Path, **variables: object) -> tuple[int, str]:
         "tasks": [{"ansible.builtin.include_role": {"name": "gpufleet.llm.nvidia_driver"}}],
     }
     (directory / "hosts.yml").write_text(
-        yaml.safe_dump({"all": {"hosts": {HOST: inventory}, "vars": {**VARIABLES, **variables}}})
+        yaml.safe_dump({"all": {"hosts": {HOST: inventory}, "vars": {**VARIABLES, **archives(host), **variables}}})
     )
     (directory / "play.yml").write_text(yaml.safe_dump([play]))
     began = time.monotonic()
@@ -85,8 +92,18 @@ def applied(directory: Path, **variables: object) -> tuple[int, str]:
     return done.returncode, " ".join((done.stdout + done.stderr).split()).replace("''", "'")
 
 
+def test_what_lacks_security_fixes_is_refused(host: Host, tmp_path: Path) -> None:
+    floors = {"535": "535.999.01"}
+    for known in ("when the role has added the source", "before anything is done"):
+        code, said = applied(host, tmp_path, nvidia_driver_floors=floors)
+        assert code != 0
+        assert ("decision: refuse: Of " in said) == (known == "before anything is done"), said
+        assert "but security fixes of the branch 535 came with 535.999.01. Have apt ask" in said, said
+    assert host.run("dpkg-query --show nvidia-smi nvidia-kernel-dkms libcuda1").stdout == ""
+
+
 def test_debians_driver_is_installed_and_the_role_says_what_is_missing(host: Host, kernel: str, tmp_path: Path) -> None:
-    code, said = applied(tmp_path)
+    code, said = applied(host, tmp_path)
     assert "decision: install: proprietary modules, branch 535, from Debian's archive" in said, said
     # Everything is there but a kernel that the module is for, and its device.
     assert code != 0
@@ -122,7 +139,7 @@ def test_no_desktop_came_along_and_everything_is_held(host: Host) -> None:
 
 
 def test_a_second_run_installs_nothing_and_says_the_same(host: Host, tmp_path: Path) -> None:
-    code, said = applied(tmp_path)
+    code, said = applied(host, tmp_path)
     assert code != 0
     assert "decision: leave: driver 535." in said
     assert "then: load, because the module 535." in said
@@ -130,6 +147,6 @@ def test_a_second_run_installs_nothing_and_says_the_same(host: Host, tmp_path: P
 
 
 def test_without_the_stand_in_it_is_the_device_that_is_missing(host: Host, tmp_path: Path) -> None:
-    code, said = applied(tmp_path, __nvidia_driver_test_hardware="/", nvidia_driver_expected_gpus=1)
+    code, said = applied(host, tmp_path, __nvidia_driver_test_hardware="/", nvidia_driver_expected_gpus=1)
     assert code != 0
     assert "nvidia_driver_expected_gpus is 1, but no NVIDIA GPU is on the PCI bus." in said, said

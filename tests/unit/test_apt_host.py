@@ -187,11 +187,11 @@ def test_holds_are_read_and_set(host: Host) -> None:
     assert host.look()["held"] == ["engine"]
     host.write("var/lib/dpkg/updates/0001", "Package: engine-cli\nStatus: hold ok installed\n")
     assert host.look()["held"] == ["engine", "engine-cli"]
-    host.apt.hold(["engine"])
+    host.apt.mark("hold", ["engine"])
     assert host.commands == [["apt-mark", "hold", "engine"]]
     host.answers["apt-mark"] = (100, "", "E: no such package\n")
-    with pytest.raises(AptError, match="`apt-mark hold x` failed: E: no such package"):
-        host.apt.hold(["x"])
+    with pytest.raises(AptError, match="`apt-mark unhold x` failed: E: no such package"):
+        host.apt.mark("unhold", ["x"])
 
 
 def test_a_hold_waits_for_another_apt(host: Host) -> None:
@@ -202,11 +202,11 @@ def test_a_hold_waits_for_another_apt(host: Host) -> None:
     )
     answers = [locked, locked, (0, "engine set on hold.\n", "")]
     host.apt.command, host.apt.pause = lambda command: answers.pop(0), 0
-    host.apt.hold(["engine"])
+    host.apt.mark("hold", ["engine"])
     assert answers == []
     host.apt.command, host.apt.seconds_to_wait = lambda command: locked, 0
     with pytest.raises(AptError, match="frontend lock was locked by another process"):
-        host.apt.hold(["engine"])
+        host.apt.mark("hold", ["engine"])
 
 
 def test_apt_is_asked_what_can_be_had_only_when_it_is_needed(host: Host) -> None:

@@ -25,8 +25,8 @@ docker.io:
   Candidate: (none)
   Version table:
      26.1.5+dfsg1-9+b4 -1
-        500 http://deb.debian.org/debian trixie/main amd64 Packages
-        500 http://security.debian.org/debian-security trixie-security/main amd64 Packages
+        500 http://mirror.example/debian trixie/main amd64 Packages
+        500 http://mirror.example/debian-security trixie-security/main amd64 Packages
 local:
   Installed: 2.0
   Candidate: 2.0

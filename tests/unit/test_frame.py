@@ -123,6 +123,20 @@ def test_defaults_and_argument_specs_agree(role: str) -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
+def test_no_default_needs_the_facts_of_the_host(role: str) -> None:
+    """Ansible renders them for its check of the arguments: before the role's first task, and so before the host is known."""
+
+    def in_specs(node: Any) -> Iterator[Any]:
+        for name, value in node.items() if isinstance(node, dict) else []:
+            yield from [value] if name == "default" else in_specs(value)
+
+    defaults = load(ROOT / "roles" / role / "defaults" / "main.yml")
+    values = [defaults, *in_specs(load(ROOT / "roles" / role / "meta" / "argument_specs.yml"))]
+    # internal variables stand for facts, too
+    assert [value for value in values if re.search(r"ansible_facts|\b__", str(value))] == []
+
+
+@pytest.mark.parametrize("role", ROLES)
 def test_every_option_has_a_type_and_a_description(role: str) -> None:
     def bare(options: dict[str, Any], above: str = "") -> Iterator[str]:
         for name, option in options.items():

@@ -89,14 +89,6 @@ def test_every_source_has_packages_for_both_flavours_and_every_floor() -> None:
         assert str(floor).startswith(f"{branch}.")
 
 
-@pytest.mark.parametrize("role", ["nvidia_driver", "cuda_toolkit"])
-def test_no_default_needs_the_facts_of_the_host(role: str) -> None:
-    """Ansible checks the variables before the role's first task, and so before the host is known."""
-    for path in (f"../{role}/defaults/main.yml", f"../{role}/meta/argument_specs.yml"):
-        for name in ("ansible_facts", "__"):
-            assert name not in (ROLE / path).read_text(), path
-
-
 def test_hashes_are_hashes() -> None:
     for place, digest in load("vars/main.yml")["__nvidia_driver_keyring_hashes"].items():
         assert len(bytes.fromhex(digest)) == 32, place

@@ -112,7 +112,10 @@ lost-gpu               |                                            | leave     
 mixed                  |                                            | refuse                        | come from more than one source
 
 bare-debian12          |                                            | install nvidia open 580       | linux-headers-cloud-amd64 nvidia-driver-cuda=580.*
-bare-debian12          | source: debian                             | install debian open 535       | nvidia-smi nvidia-driver-bin libcuda1
+bare-debian12          | source: debian                             | refuse                        | Of nvidia-open-kernel-dkms Debian's archive has 535.261.03, by the package lists
+bare-debian12          | {source: debian, flavour: proprietary}     | install debian proprietary 535 | nvidia-smi nvidia-driver-bin libcuda1
+bare-debian12          | {source: debian, allow_insecure: true}     | install debian open 535       | nvidia-open-kernel-dkms
+bare-debian12          | {source: debian, debian_security_url: "x"} | install debian open 535       | nvidia-open-kernel-dkms
 bare-debian12          | {source: debian, branch: "580"}            | refuse                        | Debian's archive has the branch 535 for Debian 12, not 580
 bare-debian13          |                                            | refuse                        | Secure Boot is on, and the modules of NVIDIA's repository are built on the host
 bare-debian13          | mok_enrolled: true                         | install nvidia open 580       | linux-headers-amd64
@@ -175,6 +178,43 @@ def test_what_the_variables_forbid_is_never_decided(machine: str, tmp_path: Path
     careful = decided(found)
     assert careful["blocked"] or careful["activate"] != "reboot"
     assert not (careful["packages"] and careful["action"] == "leave" and not careful["managed"])
+
+
+def offers(*versions: str) -> dict[str, Any]:
+    """What apt has of a package."""
+    return {"candidate": versions[0], "versions": list(versions)}
+
+
+@pytest.mark.parametrize(
+    ("machine", "variables", "available", "refused"),
+    [
+        ("bare-debian12", {"source": "debian"}, {}, ""),
+        ("bare-debian12", {"source": "debian"}, {"libcuda1": offers("535.261.03-1")}, "Of libcuda1 Debian's archive has 535.261.03"),
+        # the newest is what counts, by numbers
+        ("bare-debian12", {"source": "debian"}, {"libcuda1": offers("535.99.01-1", "535.309.01-0+deb12u1")}, ""),
+        # helpers have versions of their own, and packages of other branches are others
+        ("bare-debian12", {"source": "debian"}, {"nvidia-persistenced": offers("535.171.04-1~deb12u1"), "libcuda1": offers("525.1-1")}, ""),
+        ("bare-t4", {}, {"nvidia-utils-580-server": offers("580.126.09-0ubuntu0.24.04.1")}, "Ubuntu's archive has 580.126.09"),
+        ("old-ours", {}, {"nvidia-utils-580-server": offers("580.95.05-0ubuntu0.24.04.1")}, "Ubuntu's archive has 580.95.05"),
+        ("old-ours", {"allow_insecure": True}, {"nvidia-utils-580-server": offers("580.95.05-0ubuntu0.24.04.1")}, ""),
+        # Ubuntu has packages of the same names, and NVIDIA's repository is not there yet
+        ("bare-t4", {"source": "nvidia"}, {"nvidia-utils-580": offers("580.126.09-0ubuntu0.24.04.1")}, ""),
+    ],
+)  # fmt: skip
+def test_what_lacks_security_fixes_is_refused_where_it_is_known(
+    machine: str, variables: dict[str, Any], available: dict[str, Any], refused: str, tmp_path: Path
+) -> None:
+    result = decided({**Machine(machine, tmp_path).findings(), "available": available}, **variables)
+    assert (result["action"] == "refuse") == result["outdated"] == bool(refused)
+    assert refused in result["reason"], result["reason"]
+    assert not refused or "nvidia_driver_allow_insecure" in result["advice"]
+
+
+def test_what_the_role_adds_on_the_way_is_known_when_it_is_there(tmp_path: Path) -> None:
+    found = Machine("bare-debian12", tmp_path).findings()
+    variables = {"source": "debian", "debian_url": "http://mirror.example/debian"}
+    assert decided(found, **variables)["action"] == "install"
+    assert decided({**found, "added_archives": [variables["debian_url"]]}, **variables)["outdated"]
 
 
 def test_a_downgrade_is_one_only_when_it_was_asked_for(tmp_path: Path) -> None:

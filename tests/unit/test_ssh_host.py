@@ -15,6 +15,8 @@ from ansible_collections.gpufleet.llm.plugins.module_utils import ssh
 from ansible_collections.gpufleet.llm.plugins.module_utils.ssh_guard import Guard, GuardError
 from ansible_collections.gpufleet.llm.plugins.modules import ssh_change, ssh_look
 
+from tests.nvidia import Answer
+
 RECORDINGS = Path(__file__).parent / "recordings/ssh"
 ME = "root"
 MAIN = "Include /etc/ssh/sshd_config.d/*.conf\nUsePAM yes\n"
@@ -33,27 +35,24 @@ class Programs:
         self.after: dict[str, list[str]] = {}
         self.broken = ""
 
-    def start(self, *command: str) -> tuple[str, ...]:
-        return command
-
-    def output(self, command: tuple[str, ...]) -> str:
+    def start(self, command: list[str]) -> Answer:
         if command[0] == "ssh":
-            return (RECORDINGS / f"ssh-Q-{command[2]}-{self.system}").read_text()
+            return Answer(True, (RECORDINGS / f"ssh-Q-{command[2]}-{self.system}").read_text())
         if command[0] == "systemctl":
-            return (RECORDINGS / self.socket).read_text()
+            return Answer(True, (RECORDINGS / self.socket).read_text())
         if self.broken:
-            raise ssh_look.RefusedError(self.broken)
+            return Answer(False, self.broken)
         changes = self.after if "-f" in command else self.now
         effective = {**ssh.parse_effective((RECORDINGS / f"sshd-T-{self.system}").read_text()), **changes}
-        return "".join(f"{name} {value}\n" for name, values in effective.items() for value in values)
+        text = "".join(f"{name} {value}\n" for name, values in effective.items() for value in values)
+        return Answer(True, text)
 
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     """A host with the files of a distribution below tmp_path."""
     fake = Programs()
-    monkeypatch.setattr(ssh_look, "start", fake.start)
-    monkeypatch.setattr(ssh_look, "output", fake.output)
+    monkeypatch.setattr(ssh_look, "Program", fake.start)
     monkeypatch.setattr(
         ssh_look, "session", lambda: {"user": ME, "address": "192.0.2.7", "server": "192.0.2.1", "port": 22}
     )

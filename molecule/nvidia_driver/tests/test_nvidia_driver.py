@@ -227,12 +227,35 @@ def test_check_mode_shows_the_decision_and_changes_nothing(one: Host) -> None:
     assert everything(one) == before
 
 
-def test_what_a_killed_run_left_is_finished(one: Host) -> None:
+def test_what_lacks_security_fixes_is_refused_until_the_archive_has_newer(one: Host) -> None:
+    one.check_output("/srv/vendors.py archive /srv/vendors 580.126.09 && apt-get update")
+    before = everything(one)
+    try:
+        for options in ([], ["--check"]):
+            said = told(refused(one, ROLE, *options))
+            assert (
+                "Of nvidia-headless-no-dkms-580-server-open Ubuntu's archive has 580.126.09, by the package lists of the host"
+                in said
+            )
+            assert "security fixes of the branch 580 came with 580.159.03" in said
+        assert everything(one) == before
+    finally:
+        one.check_output("/srv/vendors.py archive /srv/vendors")
+    # the host's own lists are still the old ones
+    applied(one, ROLE)
+    assert OLD in one.check_output("nvidia-smi")
+    applied(one, ROLE, nvidia_driver_state="absent")
+    one.check_output("rm -rf %s/sys/module/nvidia %s/proc/driver", HARDWARE, HARDWARE)
+
+
+def test_what_a_killed_run_left_is_finished_when_no_other_apt_works(one: Host) -> None:
     # as far as a run comes that is killed while dpkg works
     one.check_output("mkdir -p /etc/apt/preferences.d && touch /etc/apt/preferences.d/50-vllm-fleet-nvidia")
     one.check_output("dpkg --unpack /srv/vendors/ubuntu/libnvidia-compute-580-server_580.159.03-*.deb")
     one.check_output("rm -rf %s/sys/module/nvidia %s/proc/driver", HARDWARE, HARDWARE)
-    applied(one, ROLE)
+    lock = "import fcntl, time; file = open('/var/lib/dpkg/lock-frontend', 'w'); fcntl.lockf(file, fcntl.LOCK_EX); time.sleep(45)"
+    one.check_output("systemd-run --unit=another-apt python3 -c %s", lock)
+    assert "retries left" in applied(one, ROLE)
     assert OLD in one.check_output("nvidia-smi")
     applied(one, ROLE, nvidia_driver_state="absent")
     one.check_output("rm -rf %s/sys/module/nvidia %s/proc/driver", HARDWARE, HARDWARE)
@@ -266,7 +289,7 @@ def test_debians_real_packages_fit_together(hgx: Host, tmp_path: Path) -> None:
 
     The lists are in a directory of their own, because this host says that it is Ubuntu and does not know Debian's archive any more.
     """
-    variables = {"source": "debian", "flavour": "proprietary", "allow_insecure": True}
+    variables = {"source": "debian", "flavour": "proprietary"}
     plan = decided(Machine("bare-debian12", tmp_path).findings(), **variables)
     assert plan["action"] == "install", plan["told"]
     hgx.check_output(
