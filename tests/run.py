@@ -30,9 +30,9 @@ HOSTS = ROOT / "tests" / "hosts" / "hosts.py"
 LABEL = "gpufleet.fleet"
 STILL_RUNNING_EVERY = 120  # seconds
 WORKERS = 2
-# The long ones first, so that the workers end at about the same time; and e2e and vllm, which both start engines, apart.
+# After e2e, which is the longest: the long ones first, so that the workers end at about the same time; and vllm, which starts engines
+# as e2e does, late.
 LONGEST_FIRST = [
-    "e2e",
     "molecule model_store",
     "molecule tls_certificate",
     "molecule vllm",
@@ -42,7 +42,8 @@ LONGEST_FIRST = [
     "molecule gateway",
     "molecule uv",
 ]
-# These mostly wait, for timers, closed ports and new connections: one of them runs beside the others.
+# These mostly wait, for timers, closed ports and new connections: one of them runs beside the others. After the last of them its
+# worker helps with the others.
 QUIET = ["molecule base", "molecule firewall", "molecule ssh_hardening"]
 TAIL = 60  # lines of a failing job's log
 COUNT = re.compile(r"(\d+) (passed|failed|error|errors)\b")
@@ -146,7 +147,7 @@ class Runner:
                 print(f"    the whole log: {job.log.relative_to(ROOT)}", flush=True)
 
     def queue(self, jobs: Sequence[Job], quiet: Sequence[Job] = ()) -> None:
-        """Run jobs in their order, as many at the same time as there are workers, and a quiet one beside them."""
+        """Run jobs in their order, as many at the same time as there are workers, and a quiet one beside them while there is one."""
         loud_ones, quiet_ones = deque(jobs), deque(quiet)
         lock = threading.Lock()
 
@@ -159,7 +160,7 @@ class Runner:
                 self.job(job)
 
         self.jobs += [*jobs, *quiet]
-        orders = [(loud_ones, quiet_ones)] * WORKERS + [(quiet_ones,)] * bool(quiet)
+        orders = [(loud_ones, quiet_ones)] * WORKERS + [(quiet_ones, loud_ones)] * bool(quiet)
         threads = [threading.Thread(target=work, args=order, daemon=True) for order in orders]
         for thread in threads:
             thread.start()
@@ -301,16 +302,15 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        if arguments.what in ("lint", "test"):
-            runner.queue(lint_jobs() + ([pytest_job("unit", "tests/unit")] if arguments.what == "test" else []))
-        if arguments.what == "unit":
-            runner.queue([pytest_job("unit", "tests/unit")])
-        if wanted or e2e:
-            jobs = [*([pytest_job("e2e", "tests/e2e")] if e2e else []), *molecule_jobs(wanted)]
-            jobs.sort(key=lambda job: LONGEST_FIRST.index(job.name) if job.name in LONGEST_FIRST else 99)
-            runner.queue(
-                [job for job in jobs if job.name not in QUIET], quiet=[job for job in jobs if job.name in QUIET]
-            )
+        scenario_jobs = molecule_jobs(wanted)
+        scenario_jobs.sort(key=lambda job: LONGEST_FIRST.index(job.name) if job.name in LONGEST_FIRST else 99)
+        jobs = [
+            *([pytest_job("e2e", "tests/e2e")] if e2e else []),
+            *(lint_jobs() if arguments.what in ("lint", "test") else []),
+            *([pytest_job("unit", "tests/unit")] if arguments.what in ("unit", "test") else []),
+            *scenario_jobs,
+        ]
+        runner.queue([job for job in jobs if job.name not in QUIET], quiet=[job for job in jobs if job.name in QUIET])
     except KeyboardInterrupt:
         runner.say("interrupted")
         runner.stop()
