@@ -114,7 +114,10 @@ def build(module: AnsibleModule, release: Path) -> None:
         metadata = packages / f"vllm-{parameters['version']}+cpu.dist-info"
         metadata.mkdir()
         (metadata / "METADATA").write_text(CPU_METADATA.format(version=parameters["version"]))
-    # Importing vLLM proves that it works here, and leaves the compiled modules that its user may not write later.
+    # Modules that are compiled neither here nor by the import below would be compiled at each start, by each process: vLLM's user may
+    # not write them. Files that no Python can compile, such as templates, are no failure.
+    module.run_command([f"{release}/bin/python", "-m", "compileall", "-q", "-j", "0", str(packages / "vllm")], cwd="/")
+    # Importing vLLM proves that it works here, and leaves the compiled modules of what vLLM needs.
     options = run(f"{release}/bin/python", parameters["options_script"])
     (release / "options.json").write_text(options[options.index("{") :])
 

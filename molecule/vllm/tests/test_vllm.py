@@ -247,6 +247,19 @@ def test_the_environment_arrives_as_it_was_written(host: Host) -> None:
     assert "HF_HUB_OFFLINE=1" in environment
 
 
+def test_no_start_compiles_modules_of_vllm(host: Host) -> None:
+    """Its user may write no release, so what is not compiled when a release is built is compiled at every start."""
+    files = host.check_output(
+        "cd /opt/vllm/releases/*/lib/python3.*/site-packages/vllm && find . -name '*.py*'"
+    ).split()
+    sources = {file.removesuffix(".py") for file in files if file.endswith(".py")}
+    compiled = {
+        re.sub(r"/__pycache__/([^/]+)\.cpython-\d+\.pyc$", r"/\1", file) for file in files if file.endswith(".pyc")
+    }
+    assert len(sources) > 1000
+    assert sources - compiled == set()
+
+
 def test_caches_are_private_to_each_instance(host: Host) -> None:
     for name in UNITS:
         cache = host.file(f"/var/cache/vllm/{name}")
