@@ -164,6 +164,7 @@ class Tree:
         self.do = do
         self.busy = str(state)  # the path that an error is about
         self.parents: dict[str, str] = {}
+        self.trying = False  # a check: users and groups may be what an earlier task would have made
 
     # ------------------------------------------------------------------------------------------------- what a caller does
 
@@ -177,6 +178,7 @@ class Tree:
         requires: Sequence[Mapping[str, str]] = (),
     ) -> dict[str, Any]:
         """Make what is wanted so, and nothing but that of what was wanted before."""
+        self.trying = check
         create = bool(entries) and not check
         if create and not self.state.is_dir():  # what is refused, or needs no memory, leaves none
             _, steps, after = self.plan(entries, NOTHING)
@@ -317,15 +319,19 @@ class Tree:
         return identity, steps, after
 
     def attributes(self, entry: Entry) -> list[int]:
-        """Mode, uid and gid that are wanted."""
+        """Mode, uid and gid that are wanted; -1 in a check for what is not there yet."""
+        uid = gid = -1
         try:
             uid = pwd.getpwnam(entry.owner).pw_uid
         except KeyError:
-            raise TreeError(f"{entry.path}: owner {entry.owner!r} is unknown on this host") from None
+            if not self.trying:
+                raise TreeError(f"{entry.path}: owner {entry.owner!r} is unknown on this host") from None
         try:
-            return [int(entry.mode, 8), uid, grp.getgrnam(entry.group).gr_gid]
+            gid = grp.getgrnam(entry.group).gr_gid
         except KeyError:
-            raise TreeError(f"{entry.path}: group {entry.group!r} is unknown on this host") from None
+            if not self.trying:
+                raise TreeError(f"{entry.path}: group {entry.group!r} is unknown on this host") from None
+        return [int(entry.mode, 8), uid, gid]
 
     def is_as_wanted(self, at: str, found: os.stat_result | None, entry: Entry) -> bool:
         """Whether a file or link is as it should be. What costs more to find out is asked last."""

@@ -254,6 +254,17 @@ def test_bad_input_is_refused_before_any_change(host: Host, wanted: list[Any], m
     assert not host.state.exists()
 
 
+@pytest.mark.parametrize("who", [{"group": "nobody-here"}, {"owner": "nobody-here"}])
+def test_in_a_check_owners_may_be_what_an_earlier_task_would_make(host: Host, who: dict[str, str]) -> None:
+    secret = Entry("/a", **{"owner": USER, "group": GROUP, **who})
+    result = host.present(secret, check=True, diff=True)
+    assert result["paths"] == ["/a"]
+    assert "nobody-here" in result["diff"][0]["after"]
+    assert not host.at("/a").exists()
+    with pytest.raises(TreeError, match="unknown on this host"):
+        host.present(secret)
+
+
 def test_nothing_is_put_below_a_link_that_is_about_to_go(host: Host) -> None:
     host.at("/real").mkdir()
     host.present(link("/l", "real"))
