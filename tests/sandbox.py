@@ -55,7 +55,10 @@ def probe(sh: Callable[[str], str], program: str) -> tuple[bool, str]:
     name = f"probe-{uuid.uuid4().hex[:8]}"
     drop_in = f"/run/systemd/system/vllm@{name}.service.d"
     file = f"/opt/{name}.py"
-    override = f"[Service]\nType=oneshot\nRestart=no\nEnvironmentFile=\nBindReadOnlyPaths=\nExecStart=\nExecStart=/usr/bin/python3 {file}\n"
+    override = (
+        "[Service]\nType=oneshot\nRestart=no\nEnvironmentFile=\nEnvironment=HOME=/var/cache/vllm/%i\nBindReadOnlyPaths=\n"
+        f"ExecStart=\nExecStart=/usr/bin/python3 {file}\n"
+    )
     sh(f"mkdir -p {drop_in} && cat >{drop_in}/probe.conf <<'EOF'\n{override}EOF")
     sh(f"cat >{file} <<'EOF'\n{program}EOF")
     sh("systemctl daemon-reload")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ansible_collections.gpufleet.llm.plugins.module_utils import vllm, vllm_host
+from ansible_collections.gpufleet.llm.plugins.module_utils import vllm, vllm_container, vllm_host
 
 
 def vllm_instance_problems(
@@ -27,6 +27,16 @@ def vllm_host_problems(
     return vllm_host.problems(generations, facts, device, driver_due)
 
 
+def vllm_container_problems(generations: Sequence[Mapping[str, Any]], allow_tags: bool) -> list[str]:
+    """Everything that is wrong with what the inventory says of containers."""
+    return vllm_container.problems(generations, allow_tags)
+
+
+def vllm_runs_in(instances: Sequence[Mapping[str, Any]], runtime: str, wanted: str) -> bool:
+    """Whether any instance runs in the `wanted` runtime, where `runtime` is that of the host."""
+    return vllm.runs_in(instances, runtime, wanted)
+
+
 def vllm_generations(instances: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the host needs for each instance."""
     return [vllm.generation(instance, settings) for instance in instances]
@@ -37,5 +47,12 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Name -> function."""
-        functions = (vllm_instance_problems, vllm_model_problems, vllm_host_problems, vllm_generations)
+        functions = (
+            vllm_instance_problems,
+            vllm_model_problems,
+            vllm_host_problems,
+            vllm_container_problems,
+            vllm_runs_in,
+            vllm_generations,
+        )
         return {function.__name__: function for function in functions}

@@ -5,15 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pwd
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ansible_collections.gpufleet.llm.plugins.module_utils import vllm_container
+from ansible_collections.gpufleet.llm.plugins.module_utils.files import read, write
+from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import render_environment
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import COMPOSE
 
 CONFIRMED = "confirmed"
 FILES = ("config.yaml", "environment", "gate.json", "inputs")
 RUNTIME = Path("/run/vllm")
+UNITS = Path("/etc/systemd/system")
 
 
 def render_config(config: dict[str, Any]) -> str:
@@ -39,6 +46,7 @@ class Instance:
         self.unit = f"vllm@{name}.service"
         self.path = Path(module.params["config_path"]) / name
         self.link = self.path / "current"
+        self.containers = vllm_container.Containers(commands(module), name, self.path)
 
     def numbers(self) -> list[int]:
         """Numbers of the generations that are there, oldest first."""
@@ -67,10 +75,17 @@ class Instance:
         directory = self.path / str(number)
         try:
             found = {name: (directory / name).read_text() for name in FILES}
-            found["release"] = str((directory / "release").readlink())
+            if (directory / COMPOSE).exists():
+                found[COMPOSE] = (directory / COMPOSE).read_text()
+            else:
+                found["release"] = str((directory / "release").readlink())
         except OSError:
             return {}
         return found
+
+    def in_container(self, number: int | None) -> bool:
+        """Whether a generation runs in a container."""
+        return number is not None and (self.path / str(number) / COMPOSE).exists()
 
     def write(self, content: dict[str, str]) -> int:
         """Write a generation beside the others; it is there as a whole or not at all."""
@@ -79,14 +94,20 @@ class Instance:
         shutil.rmtree(partial, ignore_errors=True)
         self.path.mkdir(mode=0o755, exist_ok=True)
         partial.mkdir(mode=0o755)
-        for name in FILES:
+        for name in (*FILES, *([COMPOSE] if COMPOSE in content else [])):
             # What vLLM reads is readable; what systemd reads for it, which may hold secrets, is root's.
             descriptor = os.open(
-                partial / name, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o644 if name == "config.yaml" else 0o600
+                partial / name,
+                os.O_CREAT | os.O_WRONLY | os.O_EXCL,
+                0o644 if name in ("config.yaml", COMPOSE) else 0o600,
             )
             with os.fdopen(descriptor, "w") as file:
+                if name == "environment" and COMPOSE in content:  # in a container, vLLM's user reads it
+                    os.fchown(descriptor, -1, group_of(content[COMPOSE]))
+                    os.fchmod(descriptor, 0o640)
                 file.write(content[name])
-        (partial / "release").symlink_to(content["release"])
+        if COMPOSE not in content:
+            (partial / "release").symlink_to(content["release"])
         partial.rename(self.path / str(number))
         return number
 
@@ -94,7 +115,13 @@ class Instance:
         """Remove generations that a run wrote and died before it switched to them: the newest one has to be the wanted one."""
         for newer in self.numbers():
             if number is not None and newer > number:
-                shutil.rmtree(self.path / str(newer))
+                self.remove(newer)
+
+    def remove(self, number: int) -> None:
+        """Remove a generation, its container first: what is left of a run that died here is found again by the directory."""
+        if self.in_container(number):
+            self.containers.remove(number)
+        shutil.rmtree(self.path / str(number))
 
     def point_to(self, number: int) -> None:
         """Move the link, written aside and renamed."""
@@ -109,12 +136,52 @@ class Instance:
         if status:
             self.module.fail_json(msg=f"systemctl {' '.join(command)} {self.unit}: {(error or output).strip()}")
 
+    def switch(self, number: int, unit: str) -> None:
+        """Make a generation the current one, under the unit of its runtime; `unit` is the one of instances in containers.
+
+        What it takes is there before anything stops. An instance that changes its runtime is stopped by the unit that started it.
+        """
+        if self.in_container(number):
+            self.containers.create(number)
+        if self.use_unit(unit if self.in_container(number) else ""):
+            self.module.run_command(["systemctl", "daemon-reload"], check_rc=True)
+        if number != self.current():
+            self.point_to(number)
+
+    def use_unit(self, unit: str) -> bool:
+        """Give the instance a unit of its own, or with an empty one that of all instances. Returns whether systemd has to be told."""
+        file = UNITS / self.unit
+        there = read(file)
+        if there == unit:
+            return False
+        if not (there and unit):
+            self.stop()
+            # its link leads to the unit that goes
+            self.module.run_command(["systemctl", "disable", "--quiet", self.unit])
+        if unit:
+            write(file, unit, 0o644)
+        else:
+            file.unlink()
+        return True
+
+    def stop(self) -> None:
+        """Stop the unit and wait for it. A container that runs on, because its engine did not answer, would answer in the place of what follows."""
+        self.systemctl("stop")
+        if read(UNITS / self.unit) and (left := self.containers.running()):
+            raise vllm_container.ContainerError(
+                f"{self.unit} was stopped, but {', '.join(left)} runs; docker stop {' '.join(left)}"
+            )
+
     def restart(self) -> None:
         """Start the unit anew, whatever state it is in, and at every boot."""
         self.module.run_command(["systemctl", "reset-failed", self.unit])  # fails when there is nothing to reset
         self.systemctl("enable", "--quiet")
         # A start takes minutes and is watched by the gate, a stop waits for requests: neither is waited for here.
         self.systemctl("restart", "--no-block")
+
+    def stopped(self) -> bool:
+        """Whether the unit neither runs nor is about to."""
+        return self.module.run_command(["systemctl", "is-active", self.unit])[1].strip() == "inactive"  # type: ignore[no-any-return]
 
     def running(self) -> int | None:
         """Number of the generation that the running process was started with."""
@@ -132,7 +199,12 @@ class Instance:
         precious = {self.current(), *self.confirmed()[-2:]}
         for number in self.numbers()[:-keep]:
             if number not in precious:
-                shutil.rmtree(self.path / str(number))
+                self.remove(number)
+
+    def images(self) -> set[str]:
+        """Images that its generations name."""
+        texts = [self.content(number).get(COMPOSE) for number in self.numbers()]
+        return {vllm_container.image_of(text) for text in texts if text}
 
 
 def fingerprint(paths: list[str]) -> str:
@@ -146,28 +218,71 @@ def fingerprint(paths: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def wanted_content(wanted: dict[str, Any], inputs: str, release: str) -> dict[str, str]:
-    """What the generation of a wanted instance is made of; `inputs` is the fingerprint of what it reads beside its own files."""
-    # A generation holds the very revisions of the model and its adapters, so that going back goes back to their weights too,
-    # and a new revision makes a new generation.
+def owner_of(user: str) -> str:
+    """uid and gid of a user; the name of one that is not there yet, as in a run with --check."""
+    try:
+        found = pwd.getpwnam(user)
+    except KeyError:
+        return user
+    return f"{found.pw_uid}:{found.pw_gid}"
+
+
+def group_of(compose: str) -> int:
+    """The gid that a container runs with."""
+    return int(json.loads(compose)["services"][vllm_container.SERVICE]["user"].partition(":")[2])
+
+
+def fingerprints(inputs: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The fingerprint of what instances of each runtime read beside their own files."""
+    return {runtime: fingerprint(list(paths)) for runtime, paths in inputs.items()}
+
+
+def real_config(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of an instance with the very revisions of its models, as its generation has it."""
+    # So going back goes back to their weights too, and a new revision makes a new generation.
     config = {**wanted["config"], "model": os.path.realpath(wanted["config"]["model"])}
     if "lora-modules" in config:
         config["lora-modules"] = [
             {**entry, "path": os.path.realpath(entry["path"])} for entry in config["lora-modules"]
         ]
-    return {
+    return config
+
+
+def wanted_content(wanted: dict[str, Any], inputs: Mapping[str, str], release: str) -> dict[str, str]:
+    """What the generation of a wanted instance is made of; `inputs` has the fingerprint of what instances of its runtime read beside their files."""
+    config = real_config(wanted)
+    runtime = wanted.get("runtime", "systemd")
+    content = {
         "config.yaml": render_config(config),
         "environment": render_environment(wanted["environment"]),
         "gate.json": json.dumps(wanted["gate"]) + "\n",  # how to ask this generation, when it comes back
-        "inputs": f"{inputs}\n",
-        "release": release,
+        "inputs": f"{inputs.get(runtime, '')}\n",
     }
+    if runtime == "systemd":
+        return {**content, "release": release}
+    container = wanted["container"]
+    file = vllm_container.compose(
+        wanted, config, owner_of(container["user"]), container["key_file"], container["serve"]
+    )
+    return {**content, COMPOSE: json.dumps(file, indent=2) + "\n"}
 
 
 def pending(instance: Instance, content: dict[str, str]) -> bool:
-    """Whether the instance does not run a confirmed generation with this content."""
+    """Whether the instance does not run a confirmed generation with this content, under a unit of its runtime."""
     current = instance.current()
-    return instance.content(current) != content or current not in instance.confirmed() or instance.running() != current
+    return (
+        instance.content(current) != content
+        or current not in instance.confirmed()
+        or instance.running() != current
+        or (UNITS / instance.unit).exists() != (COMPOSE in content)
+    )
+
+
+def images(module: Any) -> set[str]:
+    """Images that any generation of any instance names."""
+    root = Path(module.params["config_path"])
+    names = [entry.name for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
+    return {image for name in names for image in Instance(module, name).images()}
 
 
 def obsolete(config_path: str, names: set[str]) -> list[str]:

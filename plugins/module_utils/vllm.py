@@ -11,6 +11,19 @@ from typing import Any
 INSTANCE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}", re.IGNORECASE)
 VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
+RUNTIMES = ("systemd", "docker")
+# Where an instance keeps what it compiles: kernels survive releases. They are code: private, and written by nobody else.
+CACHE_PATH = "/var/cache/vllm"
+CACHES = {
+    "HOME": "",
+    "XDG_CACHE_HOME": "",
+    "HF_HOME": "/huggingface",
+    "VLLM_CACHE_ROOT": "/vllm",
+    "TRITON_CACHE_DIR": "/triton",
+    "TORCHINDUCTOR_CACHE_DIR": "/inductor",
+    "FLASHINFER_WORKSPACE_BASE": "",
+    "CUDA_CACHE_PATH": "/cuda",
+}
 
 # Options that older guides name -> what to write today. Read from the sources of vLLM 0.26, 0.32 and 0.33.
 RENAMED_OPTIONS = {
@@ -69,7 +82,8 @@ REFUSED_ENVIRONMENT = {
     "LD_LIBRARY_PATH": "it would run code from outside the release",
     "CUDA_VISIBLE_DEVICES": "it comes from `gpus` of the instance",
     "VLLM_CPU_OMP_THREADS_BIND": "it comes from `cpus` of the instance",
-    "HOME": "the unit sets it to the instance's cache directory",
+    "HOME": "it is the instance's cache directory",
+    "NVIDIA_VISIBLE_DEVICES": "it comes from `gpus` of the instance",
 }
 
 
@@ -187,6 +201,16 @@ def environment_problems(environment: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def runtime_of(instance: Mapping[str, Any], runtime: str) -> str:
+    """What runs an instance: its own word, or that of its host."""
+    return str(instance.get("runtime") or runtime)
+
+
+def runs_in(instances: Iterable[Mapping[str, Any]], runtime: str, wanted: str) -> bool:
+    """Whether any of the instances runs in the `wanted` runtime, `runtime` being that of the host."""
+    return any(runtime_of(instance, runtime) == wanted for instance in instances)
+
+
 def instance_problems(
     instances: Sequence[Mapping[str, Any]],
     device: str,
@@ -282,9 +306,11 @@ def render_environment(environment: Mapping[str, str]) -> str:
 def generation(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Turn an entry of `vllm_instances` into what the host needs: configuration, environment, and how to ask it (`gate`).
 
-    `settings` holds address, device, models_path, shutdown_timeout and environment (for all instances).
+    `settings` holds address, device, models_path, shutdown_timeout, environment (for all instances), runtime, image and container (the latter
+    two for instances in containers, see compose() of vllm_container).
     """
     name, model, address = instance["name"], instance["model"], settings["address"]
+    runtime = runtime_of(instance, settings["runtime"])
     options = dict(instance.get("options") or {})
     options.pop("served-model-name", None)
     served = served_names(instance)
@@ -296,15 +322,18 @@ def generation(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
     config = {
         "model": f"{settings['models_path']}/{model}",
         "served-model-name": served,
-        "host": address,
+        # a container has a network of its own, and its port is published at the address
+        "host": "0.0.0.0" if runtime == "docker" else address,  # noqa: S104
         "port": instance["port"],
         "shutdown-timeout": settings["shutdown_timeout"],
         "disable-access-log-for-endpoints": "/health,/metrics,/ping",
         **options,
     }
-    environment = {**settings["environment"], **(instance.get("environment") or {})}
+    caches = {key: f"{CACHE_PATH}/{name}{path}" for key, path in CACHES.items()}
+    environment = {**caches, **settings["environment"], **(instance.get("environment") or {})}
     if settings["device"] == "cuda":
         environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    if settings["device"] == "cuda" and runtime == "systemd":  # a container has no others
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in instance.get("gpus") or [])
     elif instance.get("cpus"):
         environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(cpu) for cpu in instance["cpus"])
@@ -314,9 +343,10 @@ def generation(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
         environment.setdefault("TORCHDYNAMO_DISABLE", "1")
     host = f"[{address}]" if ":" in address else address
     pooling = options.get("runner") == "pooling" or options.get("convert") == "embed"
-    return {
+    wanted = {
         "name": name,
         "gpus": instance.get("gpus") or [],
+        "runtime": runtime,
         "config": config,
         "environment": {key: str(value) for key, value in environment.items()},
         "gate": {
@@ -327,3 +357,11 @@ def generation(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
             "api": "embeddings" if pooling else "completions",
         },
     }
+    if runtime == "docker":
+        wanted["container"] = {
+            **settings["container"],
+            "image": instance.get("image") or settings["image"],
+            "publish": f"{host}:{instance['port']}:{instance['port']}",
+            "cache": f"{CACHE_PATH}/{name}",
+        }
+    return wanted

@@ -32,11 +32,12 @@ def port_problems(generations: Sequence[Mapping[str, Any]], ports: Sequence[Mapp
     found = []
     for instance in generations:
         port = instance["config"]["port"]
-        # Our own unit, whichever instance: two instances may swap their ports.
+        # Our own unit, whichever instance: two instances may swap their ports. What Docker holds for containers it has to be asked for:
+        # vllm_preflight does.
         others = [
             entry["program"] or "another program"
             for entry in ports
-            if entry["port"] == port and not entry["unit"].startswith("vllm@")
+            if entry["port"] == port and not entry["unit"].startswith(("vllm@", "docker."))
         ]
         if others:
             found.append(

@@ -9,8 +9,8 @@ version_added: 0.1.0
 author: The vLLM Fleet authors
 short_description: Writes, switches, confirms and reverts generations of vLLM instances
 description:
-  - A generation is a directory I(config_path)/NAME/NUMBER with C(config.yaml), C(environment), C(inputs) and a link to its release.
-    It is written once and never changed. The link I(config_path)/NAME/current says which one the instance runs.
+  - A generation is a directory I(config_path)/NAME/NUMBER with C(config.yaml), C(environment), C(inputs) and a link to its release, or
+    C(compose.json) when it runs in a container. It is written once and never changed. The link I(config_path)/NAME/current says which one the instance runs.
   - A generation that answered (see M(gpufleet.llm.completion_gate)) is confirmed. The last confirmed generation and its release are
     never removed.
   - Whether an instance has to be restarted is read from what runs, not from what this run changed, so that a run that died half way
@@ -19,20 +19,23 @@ options:
   state:
     description:
       - V(prepared) writes the wanted generation of each instance where it differs from the current one, and restarts nothing.
-      - V(activated) moves the link to the newest generation and restarts the instance.
-      - V(confirmed) marks the current generation as good and removes old generations and releases.
+      - V(activated) moves the link to the newest generation and restarts the instance. The container of one that runs in a container is made
+        before anything stops; one that changes its runtime is stopped by the unit that started it.
+      - V(confirmed) marks the current generation as good and removes old generations, with their containers, and releases and images that no
+        generation needs.
       - V(reverted) goes back to the last confirmed generation and restarts the instance, or stops it when there is none. An instance
         whose current generation is confirmed keeps it; what is wrong is not its configuration, and systemd goes on trying.
       - V(absent) stops the instances and removes their generations.
+      - V(exported) tells what would be in the generation of an instance in a container, for another machine, and changes nothing.
     type: str
-    choices: [prepared, activated, confirmed, reverted, absent]
+    choices: [prepared, activated, confirmed, reverted, absent, exported]
     required: true
   config_path:
     description: Directory of the instances.
     type: path
     default: /etc/vllm
   instances:
-    description: For V(prepared). All instances of the host, as the filter P(gpufleet.llm.vllm_generations#filter) gives them.
+    description: For V(prepared) and V(exported). All instances of the host, as the filter P(gpufleet.llm.vllm_generations#filter) gives them.
     type: list
     elements: dict
     default: []
@@ -46,13 +49,15 @@ options:
     type: path
   inputs:
     description:
-      - For V(prepared). Files that a running instance has read beside its generation. When one changes, the instance gets a new
-        generation, so that it is restarted and gated. Only a hash of them is kept.
-    type: list
-    elements: path
-    default: []
+      - For V(prepared). Files that a running instance has read beside its generation, a list for each runtime (C(systemd), C(docker)). When
+        one changes, the instances of that runtime get a new generation, so that they are restarted and gated. Only a hash of them is kept.
+    type: dict
+    default: {}
+  container_unit:
+    description: For V(activated) and V(reverted). The unit of instances in containers, a file on the host.
+    type: path
   releases_path:
-    description: For V(confirmed). Directory of the releases; those that no generation needs are removed.
+    description: For V(confirmed). Directory of the releases; those that no generation needs are removed, and such images, too. Without it both stay.
     type: path
   keep:
     description: For V(confirmed). How many generations of an instance are kept.
@@ -70,7 +75,8 @@ EXAMPLES = r"""
     state: prepared
     instances: "{{ generations }}"
     release: /opt/vllm/releases/0.33.0-0123456789ab
-    inputs: [/etc/systemd/system/vllm@.service]
+    inputs:
+      systemd: [/etc/systemd/system/vllm@.service]
   register: written
 
 - name: The instances run them
@@ -94,6 +100,11 @@ outcomes:
   description: Name of the instance to V(reverted), V(kept) or V(stopped).
   returned: when state is reverted
   type: dict
+exports:
+  description: For each instance C(name), C(user), C(cache), C(models), C(compose) (the compose file), C(config) and C(environment) (files beside it).
+  returned: when state is exported
+  type: list
+  elements: dict
 gates:
   description: How to ask the generations that came back, for M(gpufleet.llm.completion_gate).
   returned: when state is reverted
@@ -108,14 +119,23 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils import generations
-from ansible_collections.gpufleet.llm.plugins.module_utils.generations import CONFIRMED, Instance
+from ansible_collections.gpufleet.llm.plugins.module_utils import generations, vllm_container
+from ansible_collections.gpufleet.llm.plugins.module_utils.files import read, write
+from ansible_collections.gpufleet.llm.plugins.module_utils.generations import CONFIRMED, UNITS, Instance
+from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import render_environment
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import (
+    COMPOSE,
+    FETCHED,
+    ContainerError,
+    Engine,
+)
 
 
 def prepared(module: AnsibleModule) -> dict[str, Any]:
     """Write what differs, and say which instances have to be switched."""
     pending, diffs, changed = [], [], False
-    inputs = generations.fingerprint(module.params["inputs"])
+    inputs = generations.fingerprints(module.params["inputs"])
     for wanted in module.params["instances"]:
         instance = Instance(module, wanted["name"])
         content = generations.wanted_content(wanted, inputs, module.params["release"])
@@ -133,8 +153,8 @@ def prepared(module: AnsibleModule) -> dict[str, Any]:
             {
                 "before_header": f"{instance.link}/config.yaml",
                 "after_header": f"{instance.link}/config.yaml",
-                "before": before.get("config.yaml", "") + (f"# release {before['release']}\n" if before else ""),
-                "after": content["config.yaml"] + f"# release {content['release']}\n",
+                "before": shown(before),
+                "after": shown(content),
             }
         )
         # A run that died after writing left the very generation that is wanted.
@@ -145,11 +165,41 @@ def prepared(module: AnsibleModule) -> dict[str, Any]:
     return {"changed": changed, "pending": pending, "obsolete": gone, "diff": diffs}
 
 
+def exported(instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What another machine needs for the same containers; the key is nobody's to export."""
+    found = []
+    for wanted in instances:
+        container, config = wanted["container"], wanted["config"]
+        user = generations.owner_of(container["user"])
+        file = vllm_container.compose(wanted, config, user, "./internal_key", "./serve")
+        found.append(
+            {
+                "name": wanted["name"],
+                "user": user,
+                "cache": container["cache"],
+                "models": vllm_container.weights(config, container["models_path"]),
+                "compose": vllm_container.exported(file, f"vllm-{wanted['name']}"),
+                "config": generations.render_config(config),
+                "environment": render_environment(wanted["environment"]),
+            }
+        )
+    return found
+
+
+def shown(content: dict[str, str]) -> str:
+    """A generation in a diff: its configuration and what runs it, never its environment."""
+    what = content.get(COMPOSE) or f"# release {content.get('release')}\n"
+    return content["config.yaml"] + what if content else ""
+
+
+def container_unit(module: AnsibleModule) -> str:
+    """The unit of instances in containers; empty where there are none."""
+    return read(module.params["container_unit"] or "/nonexistent")
+
+
 def activated(instance: Instance) -> None:
     """Switch an instance to its newest generation."""
-    newest = instance.numbers()[-1]
-    if newest != instance.current():
-        instance.point_to(newest)
+    instance.switch(instance.numbers()[-1], container_unit(instance.module))
     instance.restart()
 
 
@@ -158,17 +208,30 @@ def reverted(instance: Instance) -> str:
     failed = instance.current()
     good = instance.confirmed()
     if failed in good:
+        if instance.stopped():  # for what was to follow, which did not come to that
+            instance.switch(good[-1], container_unit(instance.module))
+            instance.restart()
         return "kept"
     if good:
-        instance.point_to(good[-1])
+        instance.switch(good[-1], container_unit(instance.module))
         instance.restart()
     else:
         instance.systemctl("disable", "--quiet")
         instance.systemctl("stop")
         instance.link.unlink(missing_ok=True)
     if failed is not None:
-        shutil.rmtree(instance.path / str(failed))
+        instance.remove(failed)
     return "reverted" if good else "stopped"
+
+
+def unneeded_images(module: AnsibleModule) -> list[str]:
+    """Remove images that were fetched for instances and that no generation needs. Returns those that are gone."""
+    file = Path(module.params["config_path"]) / FETCHED
+    fetched, needed, engine = read(file).split(), generations.images(module), Engine(commands(module))
+    gone = [image for image in fetched if image not in needed and engine.remove(image)]
+    if gone:
+        write(file, "".join(f"{image}\n" for image in fetched if image not in gone))
+    return gone
 
 
 def confirmed(module: AnsibleModule, instances: list[Instance]) -> bool:
@@ -181,6 +244,7 @@ def confirmed(module: AnsibleModule, instances: list[Instance]) -> bool:
             changed = True
         instance.prune(module.params["keep"])
     if module.params["releases_path"]:
+        changed |= bool(unneeded_images(module))
         root = Path(module.params["config_path"])
         needed = {os.path.realpath(link) for link in root.glob("*/*/release")}
         releases = Path(module.params["releases_path"])
@@ -194,9 +258,46 @@ def confirmed(module: AnsibleModule, instances: list[Instance]) -> bool:
 def absent(instance: Instance) -> None:
     """Stop an instance and remove its generations."""
     instance.systemctl("disable", "--quiet")
-    instance.systemctl("stop")
+    instance.stop()
     instance.module.run_command(["systemctl", "reset-failed", instance.unit])
+    for number in instance.numbers():
+        instance.remove(number)
     shutil.rmtree(instance.path, ignore_errors=True)
+    if (UNITS / instance.unit).exists():
+        (UNITS / instance.unit).unlink()
+        instance.module.run_command(["systemctl", "daemon-reload"])
+
+
+def activate(module: AnsibleModule, instances: list[Instance]) -> dict[str, Any]:
+    """Switch instances to their newest generations."""
+    # the unit may be new, in this run or in one that died
+    module.run_command(["systemctl", "daemon-reload"], check_rc=True)
+    for instance in instances:
+        activated(instance)
+    return {}
+
+
+def revert(_module: AnsibleModule, instances: list[Instance]) -> dict[str, Any]:
+    """Go back with instances, and say how to ask those that did."""
+    outcomes = {instance.name: reverted(instance) for instance in instances}
+    back = [instance for instance in instances if outcomes[instance.name] == "reverted"]
+    gates = [json.loads((instance.link / "gate.json").read_text()) for instance in back]
+    return {"changed": any(outcome != "kept" for outcome in outcomes.values()), "outcomes": outcomes, "gates": gates}
+
+
+def confirm(module: AnsibleModule, instances: list[Instance]) -> dict[str, Any]:
+    """Mark what instances run as good."""
+    return {"changed": confirmed(module, instances)}
+
+
+def remove(_module: AnsibleModule, instances: list[Instance]) -> dict[str, Any]:
+    """Remove instances."""
+    for instance in instances:
+        absent(instance)
+    return {}
+
+
+STATES = {"activated": activate, "confirmed": confirm, "reverted": revert, "absent": remove}
 
 
 def main() -> None:
@@ -205,14 +306,15 @@ def main() -> None:
         argument_spec={
             "state": {
                 "type": "str",
-                "choices": ["prepared", "activated", "confirmed", "reverted", "absent"],
+                "choices": ["prepared", "exported", *STATES],
                 "required": True,
             },
             "config_path": {"type": "path", "default": "/etc/vllm"},
             "instances": {"type": "list", "elements": "dict", "default": []},
             "names": {"type": "list", "elements": "str", "default": []},
             "release": {"type": "path"},
-            "inputs": {"type": "list", "elements": "path", "default": []},
+            "inputs": {"type": "dict", "default": {}},
+            "container_unit": {"type": "path"},
             "releases_path": {"type": "path"},
             "keep": {"type": "int", "default": 3},
         },
@@ -220,29 +322,17 @@ def main() -> None:
         supports_check_mode=True,
     )
     state = module.params["state"]
-    if state == "prepared":
-        module.exit_json(**prepared(module))
     instances = [Instance(module, name) for name in module.params["names"]]
-    result: dict[str, Any] = {"changed": bool(instances)}
-    if module.check_mode or not instances:
-        module.exit_json(**result)
-    if state == "activated":
-        module.run_command(
-            ["systemctl", "daemon-reload"], check_rc=True
-        )  # the unit may be new, in this run or in one that died
-        for instance in instances:
-            activated(instance)
-    elif state == "confirmed":
-        result["changed"] = confirmed(module, instances)
-    elif state == "reverted":
-        result["outcomes"] = {instance.name: reverted(instance) for instance in instances}
-        back = [instance for instance in instances if result["outcomes"][instance.name] == "reverted"]
-        result["changed"] = any(outcome != "kept" for outcome in result["outcomes"].values())
-        result["gates"] = [json.loads((instance.link / "gate.json").read_text()) for instance in back]
-    else:
-        for instance in instances:
-            absent(instance)
-    module.exit_json(**result)
+    try:
+        if state == "prepared":
+            module.exit_json(**prepared(module))
+        if state == "exported":
+            module.exit_json(changed=False, exports=exported(module.params["instances"]))
+        if module.check_mode or not (instances or state == "confirmed"):  # which also removes what nothing needs
+            module.exit_json(changed=bool(instances))
+        module.exit_json(**{"changed": True, **STATES[state](module, instances)})
+    except ContainerError as error:
+        module.fail_json(msg=str(error))
 
 
 if __name__ == "__main__":

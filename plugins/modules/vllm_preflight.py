@@ -10,7 +10,7 @@ author: The vLLM Fleet authors
 short_description: Looks at a host and says what stands in the way of its vLLM instances
 description:
   - Looks at what the facts of the host do not tell, in one call, and changes nothing; at models, their weights and adapters, the release, its options,
-    disk space, and the instances that run.
+    disk space, and the instances that run; for instances in containers at the engine, their images, and ports that other containers publish.
   - Returns every problem at once and does not fail by itself.
 options:
   instances:
@@ -46,11 +46,13 @@ options:
     default: /etc/vllm
   inputs:
     description: Files that an instance reads beside its generation, as M(gpufleet.llm.vllm_generation) takes them.
-    type: list
-    elements: path
-    default: []
+    type: dict
+    default: {}
+  container_unit:
+    description: The unit of instances in containers, as M(gpufleet.llm.vllm_generation) takes it.
+    type: path
   require_models:
-    description: Whether a model that is not there is a problem. In check mode, before the first release is built, it never is.
+    description: Whether a model or an engine that is not there is a problem. In check mode, before the first instance runs, it never is.
     type: bool
     default: true
 attributes:
@@ -77,7 +79,16 @@ problems:
   type: list
   elements: str
 release_complete:
-  description: Whether the release was built to its end.
+  description: Whether the release was built to its end, or no instance needs it.
+  returned: always
+  type: bool
+missing_images:
+  description: Images that are not there.
+  returned: always
+  type: list
+  elements: str
+container_files:
+  description: Whether the host has what instances in containers need beside their generations. It keeps it, because one may come back to a container.
   returned: always
   type: bool
 pending:
@@ -97,7 +108,8 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils import generations, vllm_host
+from ansible_collections.gpufleet.llm.plugins.module_utils import generations, vllm_container, vllm_host
+from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import option_problems
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_host import GB
 
@@ -118,6 +130,17 @@ def missing_adapters(instances: list[dict[str, Any]]) -> list[str]:
         for instance in instances
         for entry in instance["config"].get("lora-modules", [])
         if not (Path(entry["path"]) / "adapter_config.json").is_file()
+    ]
+
+
+def published_problems(instances: list[dict[str, Any]], engine: vllm_container.Engine) -> list[str]:
+    """Ports of instances that containers of others publish."""
+    taken = engine.published()
+    return [
+        f"vllm_instances ({instance['name']}): port {instance['config']['port']} is published by the container {taken[instance['config']['port']]}; "
+        "choose another or stop it"
+        for instance in instances
+        if instance["config"]["port"] in taken
     ]
 
 
@@ -143,7 +166,8 @@ ARGUMENTS: dict[str, Any] = {
     "gpus": {"type": "list", "elements": "dict", "default": []},
     "memory_bytes": {"type": "int", "required": True},
     "config_path": {"type": "path", "default": "/etc/vllm"},
-    "inputs": {"type": "list", "elements": "path", "default": []},
+    "inputs": {"type": "dict", "default": {}},
+    "container_unit": {"type": "path"},
     "require_models": {"type": "bool", "default": True},
 }
 
@@ -155,11 +179,18 @@ def main() -> None:
         supports_check_mode=True,
     )
     instances: list[dict[str, Any]] = module.params["instances"]
+    contained = [instance for instance in instances if "container" in instance]
+    served = [instance for instance in instances if "container" not in instance]
     release = Path(module.params["release"])
     complete = (release / ".complete").is_file()
     problems: list[str] = []
-    # In check mode on a bare host the model store is not there yet: that is no problem of the inventory's.
-    required = module.params["require_models"] and not (module.check_mode and not complete)
+    # In check mode on a bare host the model store is not there yet, nor is an engine: that is no problem of the inventory's.
+    bare = not Path(module.params["config_path"]).is_dir() if contained else not complete
+    required = module.params["require_models"] and not (module.check_mode and bare)
+    engine = vllm_container.Engine(commands(module))
+    if contained and required:
+        problems += engine.problems(with_gpus=any(instance["gpus"] for instance in contained))
+    problems += published_problems(instances, engine)
     for instance in instances:
         model = Path(instance["config"]["model"])
         if required and not (model / "config.json").is_file():
@@ -174,8 +205,8 @@ def main() -> None:
     else:
         problems += vllm_host.weights_problems(instances, module.params["gpus"], weights)
     if complete:
-        problems += installed_option_problems(release, instances, module)
-    else:
+        problems += installed_option_problems(release, served, module)
+    elif served:
         parent = next(path for path in release.parents if path.is_dir())
         free_gb = shutil.disk_usage(parent).free / GB
         if free_gb < module.params["release_gb"]:
@@ -183,7 +214,7 @@ def main() -> None:
                 f"{parent} has {free_gb:.1f} GB free, but building a release takes {module.params['release_gb']} GB; "
                 "make room or set vllm_releases_path"
             )
-    inputs = generations.fingerprint(module.params["inputs"])
+    inputs = generations.fingerprints(module.params["inputs"])
     pending = [
         entry["name"]
         for entry in instances
@@ -192,7 +223,16 @@ def main() -> None:
         )
     ]
     obsolete = generations.obsolete(module.params["config_path"], {entry["name"] for entry in instances})
-    module.exit_json(changed=False, problems=problems, release_complete=complete, pending=pending, obsolete=obsolete)
+    images = dict.fromkeys(instance["container"]["image"] for instance in contained)
+    module.exit_json(
+        changed=False,
+        problems=problems,
+        release_complete=complete or not served,
+        missing_images=[image for image in images if not engine.has(image)],
+        container_files=Path(module.params["container_unit"] or "/nonexistent").exists(),
+        pending=pending,
+        obsolete=obsolete,
+    )
 
 
 if __name__ == "__main__":

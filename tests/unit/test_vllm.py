@@ -146,8 +146,16 @@ def settings(**change: Any) -> dict[str, Any]:
         "models_path": "/srv/models",
         "shutdown_timeout": 60,
         "environment": {"A": 1},
+        "runtime": "systemd",
+        "image": "registry.test/vllm@sha256:" + "0" * 64,
+        "container": {"models_path": "/srv/models", "memory": "4g", "shm_size": "1g", "stop_seconds": 90},
         **change,
     }
+
+
+def environment(made: dict[str, Any]) -> dict[str, str]:
+    """The environment of an instance but for the places of its caches."""
+    return {key: value for key, value in made["environment"].items() if key not in vllm.CACHES}
 
 
 def test_a_generation_says_how_to_serve_and_how_to_ask() -> None:
@@ -155,7 +163,9 @@ def test_a_generation_says_how_to_serve_and_how_to_ask() -> None:
     assert made["config"]["model"] == "/srv/models/qwen"
     assert made["config"]["host"] == "10.0.0.5"
     assert made["config"]["tensor-parallel-size"] == 2
-    assert made["environment"] == {"A": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "0,1"}
+    assert environment(made) == {"A": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "0,1"}
+    assert made["environment"]["HOME"] == "/var/cache/vllm/chat"
+    assert all(made["environment"][name].startswith("/var/cache/vllm/chat") for name in vllm.CACHES)
     assert made["gate"] == {
         "name": "chat",
         "unit": "vllm@chat.service",
@@ -163,6 +173,32 @@ def test_a_generation_says_how_to_serve_and_how_to_ask() -> None:
         "model": "qwen",
         "api": "completions",
     }
+
+
+def test_an_instance_in_a_container_is_published_where_the_other_one_listens() -> None:
+    made = vllm.generation({**GOOD, "runtime": "docker"}, settings())
+    assert made["config"]["host"] == "0.0.0.0"
+    assert made["container"]["publish"] == "10.0.0.5:8000:8000"
+    assert made["container"]["image"] == settings()["image"]
+    assert made["gate"] == vllm.generation(GOOD, settings())["gate"]
+    assert environment(made) == {"A": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, "it has no GPUs but its own"
+    assert vllm.generation({**GOOD, "image": "other"}, settings(runtime="docker"))["container"]["image"] == "other"
+    assert "container" not in vllm.generation({**GOOD, "runtime": "systemd"}, settings(runtime="docker"))
+
+
+@pytest.mark.parametrize(
+    ("instances", "runtime", "wanted", "expected"),
+    [
+        ([{}], "systemd", "docker", False),
+        ([{}], "docker", "docker", True),
+        ([{"runtime": "systemd"}], "docker", "docker", False),
+        ([{}, {"runtime": "docker"}], "systemd", "docker", True),
+        ([{}, {"runtime": "docker"}], "systemd", "systemd", True),
+        ([], "docker", "docker", False),
+    ],
+)
+def test_what_a_host_runs(instances: list[dict[str, str]], runtime: str, wanted: str, expected: bool) -> None:
+    assert vllm.runs_in(instances, runtime, wanted) is expected
 
 
 def test_a_generation_asks_for_the_name_that_is_served() -> None:
@@ -173,12 +209,12 @@ def test_a_generation_asks_for_the_name_that_is_served() -> None:
 
 def test_cores_are_bound_on_a_cpu_only() -> None:
     made = vllm.generation({**GOOD, "gpus": [], "cpus": [0, 2]}, settings(device="cpu"))
-    assert made["environment"] == {"A": "1", "VLLM_CPU_OMP_THREADS_BIND": "0,2"}
+    assert environment(made) == {"A": "1", "VLLM_CPU_OMP_THREADS_BIND": "0,2"}
 
 
 def test_what_is_eager_on_a_cpu_compiles_nothing_at_all() -> None:
     eager = {**GOOD, "gpus": [], "options": {"enforce-eager": True}}
-    assert vllm.generation(eager, settings(device="cpu"))["environment"] == {"A": "1", "TORCHDYNAMO_DISABLE": "1"}
+    assert environment(vllm.generation(eager, settings(device="cpu"))) == {"A": "1", "TORCHDYNAMO_DISABLE": "1"}
     set_by_hand = {**eager, "environment": {"TORCHDYNAMO_DISABLE": 0}}
     assert vllm.generation(set_by_hand, settings(device="cpu"))["environment"]["TORCHDYNAMO_DISABLE"] == "0"
     assert "TORCHDYNAMO_DISABLE" not in vllm.generation({**eager, "gpus": [0]}, settings())["environment"]

@@ -252,7 +252,8 @@ class FakeModule:
     def __init__(self, path: Path, **parameters: Any) -> None:
         self.params = {
             "config_path": str(path),
-            "inputs": [],
+            "inputs": {},
+            "container_unit": None,
             "release": "/opt/r1",
             "keep": 2,
             "releases_path": None,
@@ -279,6 +280,8 @@ def wanted(length: int = 1, **environment: str) -> dict[str, Any]:
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where running instances say which generation they run."""
     monkeypatch.setattr(generations, "RUNTIME", tmp_path / "run")
+    monkeypatch.setattr(generations, "UNITS", tmp_path / "units")
+    monkeypatch.setattr(vllm_generation, "UNITS", tmp_path / "units")
     (tmp_path / "run/chat").mkdir(parents=True)
     (tmp_path / "etc").mkdir()
     return tmp_path / "run/chat/generation"
@@ -336,7 +339,7 @@ def test_another_revision_of_an_adapter_is_a_new_generation(tmp_path: Path) -> N
         link.symlink_to(tmp_path / revision)
         adapted = wanted(1)
         adapted["config"]["lora-modules"] = [{"name": "poet", "path": str(link)}]
-        texts.append(generations.wanted_content(adapted, "", "/opt/r1")["config.yaml"])
+        texts.append(generations.wanted_content(adapted, {}, "/opt/r1")["config.yaml"])
     assert [str(tmp_path / "r1") in texts[0], str(tmp_path / "r2") in texts[1]] == [True, True]
 
 
@@ -352,11 +355,11 @@ def test_an_adapter_that_is_not_there_is_told(tmp_path: Path) -> None:
 def test_an_input_that_changed_is_a_new_generation(tmp_path: Path, runtime: Path) -> None:
     unit = tmp_path / "unit"
     unit.write_text("one")
-    prepare(tmp_path, inputs=[str(unit)])
+    prepare(tmp_path, inputs={"systemd": [str(unit)]})
     switch(tmp_path, runtime)
-    assert prepare(tmp_path, inputs=[str(unit)])["pending"] == []
+    assert prepare(tmp_path, inputs={"systemd": [str(unit)]})["pending"] == []
     unit.write_text("two")
-    assert prepare(tmp_path, inputs=[str(unit)])["pending"] == ["chat"]
+    assert prepare(tmp_path, inputs={"systemd": [str(unit)]})["pending"] == ["chat"]
 
 
 def test_a_run_that_died_after_writing_or_switching_is_finished(tmp_path: Path, runtime: Path) -> None:
@@ -391,7 +394,8 @@ def test_a_generation_that_answered_once_is_never_taken_for_the_failed_one(tmp_p
     chat = switch(tmp_path, runtime, confirm=False)
     assert vllm_generation.reverted(chat) == "kept"
     assert (chat.current(), chat.numbers()) == (2, [1, 2])
-    assert chat.module.commands[-1] == "systemctl restart --no-block vllm@chat.service"
+    done = [command for command in chat.module.commands if "is-active" not in command]
+    assert done[-1] == "systemctl restart --no-block vllm@chat.service"
 
 
 def test_what_a_dead_run_left_is_not_switched_to_when_nobody_wants_it_any_more(tmp_path: Path, runtime: Path) -> None:

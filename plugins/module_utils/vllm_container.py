@@ -1,0 +1,302 @@
+# Copyright: the vLLM Fleet authors
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM instances in containers: the names of images, the compose file that a container is made from, and the engine that is asked to."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
+from ansible_collections.gpufleet.llm.plugins.module_utils.program import Command
+
+# What makes a generation one that runs in a container.
+COMPOSE = "compose.json"
+SERVICE = "vllm"
+LABEL = "gpufleet.instance"
+IMAGE_ID = re.compile(r"sha256:[0-9a-f]{64}")
+# A name with the hash of what is meant. Source: github.com/distribution/reference, regexp.go.
+BY_DIGEST = re.compile(r"[a-zA-Z0-9][\w.:/-]*@sha256:[0-9a-f]{64}")
+BY_TAG = re.compile(r"[a-zA-Z0-9][\w.:/-]*")
+PERCENT = re.compile(r"([1-9][0-9]?|100)%")
+SIZE = re.compile(r"[1-9][0-9]*[mg]")
+GIB = 1024**3
+# As for the unit of the other runtime.
+PIDS = 16384
+CDI_KIND = "nvidia.com/gpu"
+# What an image has to have is in docs/containers.md: sh, cat and vllm on its PATH.
+SERVE = "/run/vllm/serve"
+# Images that were fetched for instances, a line each: what of it no generation needs any more may be removed.
+FETCHED = "images"
+# Docker waits twelve seconds for a process that it killed and says this then, while one that frees GPUs or waits for a disk takes longer.
+NOT_GONE_YET = "did not receive an exit event"
+KILLS = 10
+
+
+class ContainerError(Exception):
+    """What went wrong, in words for the operator."""
+
+
+def image_problem(image: str, allow_tags: bool) -> str:
+    """What is wrong with the name of an image, or nothing."""
+    if not image:
+        return "has no image; name one in vllm_image, by its digest (name@sha256:...)"
+    if IMAGE_ID.fullmatch(image) or BY_DIGEST.fullmatch(image):
+        return ""
+    if not BY_TAG.fullmatch(image):
+        return f"has the image {image!r}, which is no name of an image; write name@sha256:... or sha256:..."
+    if allow_tags:
+        return ""
+    return (
+        f"has the image {image}, whose tag may mean another image tomorrow; write {image}@sha256:... with the digest that "
+        f"`docker buildx imagetools inspect {image}` tells, or set vllm_image_allow_tags"
+    )
+
+
+def size_problem(name: str, value: str) -> str:
+    """What is wrong with an amount of memory, or nothing."""
+    if SIZE.fullmatch(value) or (name == "vllm_container_memory" and PERCENT.fullmatch(value)):
+        return ""
+    share = ", or 90% of what the host has" if name == "vllm_container_memory" else ""
+    return f"{name} is {value!r}; it must be a size such as 512m or 16g{share}"
+
+
+def problems(generations: Sequence[Mapping[str, Any]], allow_tags: bool) -> list[str]:
+    """Everything that is wrong with what the inventory says of containers, one sentence each."""
+    found = []
+    for instance in generations:
+        container = instance.get("container")
+        if not container:
+            continue
+        where = f"vllm_instances ({instance['name']})"
+        if problem := image_problem(str(container["image"]), allow_tags):
+            found.append(f"{where}: it {problem}")
+        if container["publish"].startswith("["):
+            found.append(
+                f"{where}: its port cannot be published at {container['publish'].rsplit(':', 2)[0]}: networks of containers have IPv4 only; "
+                "set vllm_bind_address to an IPv4 address of the host, or vllm_runtime: systemd"
+            )
+        found += [
+            problem
+            for name, key in (("vllm_container_memory", "memory"), ("vllm_container_shm_size", "shm_size"))
+            if (problem := size_problem(name, str(container[key])))
+        ]
+    return list(dict.fromkeys(found))
+
+
+def memory_bytes(memory: str) -> int:
+    """Bytes of a size, or of a share of the host's memory in whole GiB, so that some pages more or less make no other container."""
+    if share := PERCENT.fullmatch(memory):
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return max(1, have * int(share[1]) // 100 // GIB) * GIB
+    return int(memory[:-1]) * (GIB if memory.endswith("g") else 1024**2)
+
+
+def mount(source: str, target: str = "", read_only: bool = True) -> dict[str, Any]:
+    """A file or directory of the host in the container. One that may be written is made when it is missing; its unit gives it to vLLM's user."""
+    return {
+        "type": "bind",
+        "source": source,
+        "target": target or source,
+        "read_only": read_only,
+        # in the place of what is to be read, an empty directory would hide that it is missing
+        "bind": {"create_host_path": not read_only},
+    }
+
+
+def inside(path: str, directory: str) -> bool:
+    """Whether a path is a directory or below it."""
+    return path == directory or path.startswith(directory.rstrip("/") + "/")
+
+
+def weights(config: Mapping[str, Any], models_path: str) -> list[str]:
+    """Directories that the container has to see: the model store, and models and adapters that are links to elsewhere."""
+    used = [str(config["model"]), *(str(entry["path"]) for entry in config.get("lora-modules") or [])]
+    return list(dict.fromkeys([models_path, *(path for path in used if not inside(path, models_path))]))
+
+
+def compose(
+    wanted: Mapping[str, Any], config: Mapping[str, Any], owner: str, key_file: str, serve: str
+) -> dict[str, Any]:
+    """The compose file of an instance in a container. Relative paths are files of its generation, beside it.
+
+    `wanted` is an instance as generation() of vllm gives it, `config` its configuration with the very revisions of its models, `owner`
+    the uid and gid that it runs as, `key_file` and `serve` the files that have the key and start vLLM.
+    """
+    container = wanted["container"]
+    cache = container["cache"]
+    service: dict[str, Any] = {
+        "container_name": "${COMPOSE_PROJECT_NAME}",
+        "image": container["image"],
+        "pull_policy": "never",
+        "labels": {LABEL: wanted["name"]},
+        "entrypoint": ["/bin/sh", SERVE],
+        "command": [],
+        "user": owner,
+        "working_dir": cache,
+        # An engine whose default is NVIDIA's runtime would add all GPUs: those that are meant come by their specification.
+        "environment": {"NVIDIA_VISIBLE_DEVICES": "void", "USER": "vllm"},
+        "ports": [container["publish"]],
+        "volumes": [
+            mount("./config.yaml", "/run/vllm/config.yaml"),
+            mount("./environment", "/run/vllm/environment"),
+            mount(serve, SERVE),
+            mount(key_file, "/run/secrets/internal_key"),
+            *(mount(path) for path in weights(config, container["models_path"])),
+            mount(cache, read_only=False),
+        ],
+        "read_only": True,
+        # kernels are compiled and loaded there, too
+        "tmpfs": ["/tmp:mode=1777,exec"],  # noqa: S108
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges:true"],
+        "ipc": "private",
+        "shm_size": container["shm_size"],
+        "pids_limit": PIDS,
+        "mem_limit": memory_bytes(str(container["memory"])),
+        "ulimits": {"core": 0},
+        "healthcheck": {"disable": True},
+        # systemd starts it, and says when it has been tried often enough
+        "restart": "no",
+        "stop_signal": "SIGTERM",
+        "stop_grace_period": f"{container['stop_seconds']}s",
+    }
+    if wanted["gpus"]:
+        names = [f"{CDI_KIND}={index}" for index in wanted["gpus"]]
+        device = {"driver": "cdi", "device_ids": names, "capabilities": ["gpu"]}
+        service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
+    if container.get("infiniband"):
+        service["devices"] = ["/dev/infiniband:/dev/infiniband"]
+        service["ulimits"]["memlock"] = -1
+    return {"services": {SERVICE: escaped(service)}}
+
+
+def escaped(node: Any, keep: str = "${COMPOSE_PROJECT_NAME}") -> Any:
+    """Values as compose reads them: a dollar sign means a variable unless there are two."""
+    if isinstance(node, dict):
+        return {key: escaped(value, keep) for key, value in node.items()}
+    if isinstance(node, list):
+        return [escaped(value, keep) for value in node]
+    return node.replace("$", "$$") if isinstance(node, str) and node != keep else node
+
+
+def exported(compose_file: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The compose file for another machine: the same container under a name of its own, started by the engine alone."""
+    service = compose_file["services"][SERVICE]
+    changed = {"container_name": name, "pull_policy": "missing", "restart": "unless-stopped"}
+    return {"name": name, "services": {SERVICE: {**service, **changed}}}
+
+
+class Containers:
+    """The containers of one instance, a compose project for each generation."""
+
+    def __init__(self, run: Command, instance: str, path: Path) -> None:
+        self.run = run
+        self.instance = instance
+        self.path = path
+
+    def docker(self, *words: str) -> str:
+        """Run docker, and fail in its words."""
+        status, output, error = self.run(["docker", *words])
+        if status:
+            raise ContainerError(f"`docker {' '.join(words)}` failed: {(error or output).strip()[-800:]}")
+        return output
+
+    def project(self, number: int, *words: str) -> None:
+        """Run compose on the project of a generation."""
+        file = self.path / str(number) / COMPOSE
+        self.docker("compose", "--project-name", f"vllm-{self.instance}-{number}", "--file", str(file), *words)
+
+    def create(self, number: int) -> None:
+        """Make the container of a generation, unless it is there. It is not started."""
+        self.project(number, "create", "--pull", "never")
+
+    def remove(self, number: int) -> None:
+        """Remove the container of a generation and its network; what runs of it is killed."""
+        if not self.has_docker():
+            return
+        for left in reversed(range(KILLS)):
+            try:
+                self.project(number, "down", "--timeout", "0")
+                return
+            except ContainerError as error:
+                if NOT_GONE_YET not in str(error) or not left:
+                    raise
+
+    def running(self) -> list[str]:
+        """Names of the containers of this instance that run, whatever their generation."""
+        if not self.has_docker():
+            return []
+        names = ["--filter", f"label={LABEL}={self.instance}", "--format", "{{.Names}}"]
+        return self.docker("container", "ls", *names).split()
+
+    def has_docker(self) -> bool:
+        """Whether there is a Docker; where somebody has taken it away, there is no container either."""
+        return self.run(["docker", "--version"])[0] == 0
+
+
+def image_of(compose_text: str) -> str:
+    """The image that a compose file names."""
+    return str(json.loads(compose_text)["services"][SERVICE]["image"])
+
+
+class Engine:
+    """The Docker engine of a host, asked by its own program."""
+
+    def __init__(self, run: Command) -> None:
+        self.run = run
+
+    def has(self, image: str) -> bool:
+        """Whether an image is there."""
+        return self.run(["docker", "image", "inspect", "--format", "{{.Id}}", image])[0] == 0
+
+    def remove(self, image: str) -> bool:
+        """Remove an image. Returns whether it is gone; one that is in use stays."""
+        return self.run(["docker", "image", "rm", image])[0] == 0 or not self.has(image)
+
+    def problems(self, with_gpus: bool) -> list[str]:
+        """What the engine lacks."""
+        status, output, error = self.run(["docker", "info", "--format", "{{json .}}"])
+        info = json.loads(output) if status == 0 and output.startswith("{") else {}
+        if not info.get("ServerVersion"):
+            reason = (error or "; ".join(info.get("ServerErrors") or []) or output).strip()[-300:]
+            return [
+                f"vllm_runtime is docker, but no Docker engine answers ({reason}); run the role docker, or set fleet_docker: true"
+            ]
+        found = []
+        if self.run(["docker", "compose", "version"])[0]:
+            found.append(
+                "docker compose is not there; install its plugin (docker-compose-plugin, docker-compose-v2 or docker-compose)"
+            )
+        if with_gpus and not info.get("CDISpecDirs"):
+            found.append(
+                f"the Docker engine {info['ServerVersion']} does not read specifications of devices (CDI): it takes 26.1 or newer with features.cdi, as the "
+                "role docker sets it up"
+            )
+        elif with_gpus and not specified(info["CDISpecDirs"]):
+            found.append(
+                f"no specification in {' or '.join(info['CDISpecDirs'])} says what {CDI_KIND} is; run the role nvidia_container_toolkit, "
+                "or systemctl restart nvidia-cdi-refresh"
+            )
+        return found
+
+    def published(self) -> dict[int, str]:
+        """Ports that containers publish which are no instances of ours: port -> name of the container."""
+        line = f'{{{{.Names}}}} {{{{.Label "{LABEL}"}}}} {{{{.Ports}}}}'
+        status, output, _error = self.run(["docker", "container", "ls", "--format", line])
+        found: dict[int, str] = {}
+        for name, _, rest in (entry.partition(" ") for entry in output.splitlines() if status == 0):
+            label, _, ports = rest.partition(" ")
+            if not label:
+                for first, last in re.findall(r":(\d+)(?:-(\d+))?->", ports):
+                    found.update(dict.fromkeys(range(int(first), int(last or first) + 1), name))
+        return found
+
+
+def specified(directories: Iterable[str]) -> bool:
+    """Whether any specification of devices has GPUs."""
+    return any(CDI_KIND in read(file) for directory in directories for file in Path(directory).glob("*"))
