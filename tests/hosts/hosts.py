@@ -179,7 +179,7 @@ def start(fleet: str, name: str, os_name: str, publish: Sequence[str], authorize
         state = ""
     elif clone not in ("", str(ROOT)):
         raise HostsError(
-            f"{name} belongs to the clone in {clone}: remove it there (make demo-down), or by: docker rm --force {name}"
+            f"{name} belongs to the clone in {clone}: remove it there (make demo-down), or by: docker rm --force --volumes {name}"
         )
     if state == "running":
         return
@@ -193,6 +193,8 @@ def start(fleet: str, name: str, os_name: str, publish: Sequence[str], authorize
             f"--network=gpufleet-{fleet}",
             f"--label={LABEL}={fleet}",
             f"--label={CLONE}={ROOT}",
+            # The file system of a container cannot be a layer of one inside it: an engine there has overlay2 on a volume only.
+            "--volume=/var/lib/docker",
         ]
         options += [f"--publish=127.0.0.1:{ports}" for ports in publish]
         # Wheels that were downloaded once are not downloaded again by the next host or run.
