@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import pytest
 from testinfra.host import Host
 
 from tests.roles import applied, apply_role, told
@@ -84,15 +82,6 @@ def ranges(host: Host, way: str = "") -> list[str]:
     """
     lines = [line for line in asked(host) if line.startswith(f"GET {way}") and "model.safetensors" in line]
     return [line.rsplit(" ", 1)[1] for line in lines if not line.endswith("bytes=0-0") and "/repo?" not in line]
-
-
-def until(what: Callable[[], object], seconds: float, complaint: str) -> None:
-    """Wait until something is so."""
-    end = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > end:
-            pytest.fail(complaint)
-        time.sleep(0.3)
 
 
 def has_begun(host: Host, name: str, path: str = STORE) -> bool:

@@ -6,10 +6,12 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+import pytest
 from testinfra.host import Host
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,3 +68,12 @@ def told(said: str, host: Host) -> str:
     """What a run printed about one of its hosts, its line breaks undone."""
     blocks = re.findall(rf"^\w+: \[{re.escape(host_name(host))}\].*(?:\n .*)*", said, re.MULTILINE)
     return " ".join(" ".join(blocks).split())
+
+
+def until(what: Callable[[], object], seconds: float, complaint: str) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > end:
+            pytest.fail(complaint)
+        time.sleep(0.3)

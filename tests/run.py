@@ -30,11 +30,12 @@ HOSTS = ROOT / "tests" / "hosts" / "hosts.py"
 LABEL = "gpufleet.fleet"
 STILL_RUNNING_EVERY = 120  # seconds
 WORKERS = 2
-# After e2e, which is the longest: the long ones first, so that the workers end at about the same time; and vllm, which starts engines
-# as e2e does, late.
+# After e2e, which is the longest: the long ones first, so that the workers end at about the same time; and those which start engines
+# as e2e does late.
 LONGEST_FIRST = [
     "molecule model_store",
     "molecule tls_certificate",
+    "molecule vllm_docker",
     "molecule vllm",
     "molecule nvidia_driver",
     "molecule docker",

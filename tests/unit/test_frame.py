@@ -234,9 +234,12 @@ def test_shipped_configuration_is_safe_and_fast() -> None:
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_scenario_has_a_role_a_host_group_and_tests(scenario: str) -> None:
-    assert scenario in ROLES
+    inventory = ROOT / "molecule" / "shared" / "inventory"
+    variables = inventory / "group_vars" / f"{scenario}.yml"
+    role = load(variables).get("role_under_test") if variables.is_file() else None
+    assert (role or scenario) in ROLES
     assert (ROOT / "molecule" / scenario / "molecule.yml").is_file()
-    groups = load(ROOT / "molecule" / "shared" / "inventory" / "hosts.yml")["all"]["children"]
+    groups = load(inventory / "hosts.yml")["all"]["children"]
     assert groups.get(scenario, {}).get("hosts"), "no hosts in molecule/shared/inventory/hosts.yml"
     assert run.test_functions(scenario), "no test function"
 

@@ -32,10 +32,9 @@ from tests.model_stores import (
     ranges,
     refuse,
     store,
-    until,
     url,
 )
-from tests.roles import ROOT, applied, changed, environment, host_name, refused, role_command, told
+from tests.roles import ROOT, applied, changed, environment, host_name, refused, role_command, told, until
 
 
 def test_every_source_is_under_its_name(both: list[Host]) -> None:

@@ -25,10 +25,9 @@ from tests.model_stores import (
     modelscope,
     ranges,
     store,
-    until,
     url,
 )
-from tests.roles import ROOT, environment, host_name, role_command
+from tests.roles import ROOT, environment, host_name, role_command, until
 
 SHARE = {"model_store_share": True}
 PORT = 8990

@@ -1,0 +1,226 @@
+"""The real vLLM (its CPU build) with a real small model in a container, and the same list of assertions for both runtimes.
+
+Converged are `chat` in a container and `plain` under systemd: one release, once in an image and once on the host. The tests of this file
+come first: those after it have these instances removed.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from testinfra.host import Host
+
+from tests.contained import KEY, MODEL, ROLE, Instances
+from tests.roles import ROOT, applied, changed, environment, host_name, until
+
+CHAT, PLAIN = yaml.safe_load((ROOT / f"molecule/shared/inventory/group_vars/{ROLE}.yml").read_text())["vllm_instances"]
+PORTS = {entry["name"]: entry["port"] for entry in (CHAT, PLAIN)}
+both = pytest.mark.parametrize("name", list(PORTS))
+
+
+def process(instances: Instances, name: str) -> str:
+    """The first process of vLLM itself, which the unit of a container only attaches to."""
+    return instances.pid(name) if name == "chat" else instances.show(name, "MainPID")
+
+
+# --- parity: what the runtime is makes no difference
+
+
+@both
+def test_an_instance_answers(instances: Instances, name: str) -> None:
+    status, answer = instances.ask(PORTS[name], tokens=4)
+    assert status == 200, answer
+    assert "Paris" in answer["choices"][0]["text"]
+
+
+@both
+def test_an_answer_is_streamed(instances: Instances, name: str) -> None:
+    status, text = instances.ask(PORTS[name], tokens=5, stream=True, ignore_eos=True)
+    assert status == 200
+    pieces = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    assert len(pieces) >= 5
+    assert pieces[-1] == "[DONE]"
+    assert json.loads(pieces[0])["model"] == MODEL
+
+
+def test_both_say_the_same(instances: Instances) -> None:
+    """One release, one model, no chance: not a word differs."""
+    texts = {instances.ask(port, tokens=24)[1]["choices"][0]["text"] for port in PORTS.values()}
+    assert len(texts) == 1
+
+
+@both
+def test_nothing_is_answered_without_the_key(instances: Instances, name: str) -> None:
+    assert instances.ask(PORTS[name], key="wrong")[0] == 401
+
+
+@both
+def test_it_listens_on_loopback_only(instances: Instances, name: str) -> None:
+    [address] = instances.sh("hostname -I").split()[:1]
+    asked = "curl -sS -m 5 -o /dev/null -w '%{http_code}' http://" + f"{address}:{PORTS[name]}/health"
+    assert instances.host.run(asked).stdout == "000"
+    assert instances.host.run(asked.replace(address, "127.0.0.1")).stdout == "200"
+
+
+@both
+def test_the_unit_has_the_same_words(instances: Instances, name: str) -> None:
+    assert instances.show(name, "ActiveState") == "active"
+    assert instances.show(name, "UnitFileState") == "enabled"
+    assert instances.show(name, "Restart") == "always"
+    assert instances.show(name, "NRestarts") == "0"
+    assert (
+        instances.host.file(f"/etc/vllm/{name}/current").linked_to == f"/etc/vllm/{name}/{instances.generation(name)}"
+    )
+    assert instances.host.file(f"/etc/vllm/{name}/current/confirmed").exists
+
+
+@both
+def test_the_log_is_the_journal_of_the_unit(instances: Instances, name: str) -> None:
+    told = instances.sh("journalctl --unit vllm@%s --output cat --no-pager", name)
+    assert "Application startup complete" in told
+    assert "non-default args" in told
+
+
+@both
+def test_the_key_is_seen_by_nobody(instances: Instances, name: str) -> None:
+    places = (
+        f"systemctl show vllm@{name}; systemctl cat vllm@{name}; cat /etc/vllm/{name}/*/* /opt/vllm/bin/*; journalctl --no-pager;"
+        " cat /proc/[0-9]*/cmdline | tr '\\0' ' '; docker inspect $(docker ps --all --quiet); docker logs $(docker ps --quiet) 2>&1"
+    )
+    told = instances.host.run(places).stdout
+    assert MODEL in told
+    assert KEY not in told
+    assert instances.host.file("/etc/vllm/internal_key").mode == 0o600
+    key = instances.host.file("/etc/vllm/container_key")
+    assert (key.mode, key.user, key.group) == (0o640, "root", "vllm")
+
+
+@both
+def test_no_process_of_it_has_any_rights(instances: Instances, name: str) -> None:
+    """As the host sees it: no root, no capability to have or to get, a filter for system calls."""
+    first = process(instances, name)
+    tree = instances.sh("pgrep -P %s || true", first).split()
+    assert tree, "the engine is a process of its own"
+    vllm = instances.sh("id -u vllm")
+    for pid in (first, *tree):
+        status = dict(
+            line.split(":", 1) for line in instances.sh("cat /proc/%s/status", pid).splitlines() if ":" in line
+        )
+        assert set(status["Uid"].split()) == {vllm}
+        assert {int(status[key], 16) for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+        assert status["NoNewPrivs"].strip() == "1"
+        assert status["Seccomp"].strip() == "2"
+
+
+@both
+def test_it_writes_to_its_caches_and_nowhere_else(instances: Instances, name: str) -> None:
+    cache = instances.host.file(f"/var/cache/vllm/{name}")
+    assert (cache.mode, cache.user) == (0o700, "vllm")
+    assert instances.host.file(f"/var/cache/vllm/{name}/vllm").is_directory
+    found = instances.sh(
+        "nsenter --target %s --mount setpriv --reuid=vllm --regid=vllm --clear-groups"
+        " find / -path /proc -prune -o -path /dev -prune -o -type d -writable -print -prune 2>/dev/null || true".replace(
+            "=vllm", "=$(id -u vllm)"
+        ),
+        process(instances, name),
+    ).split()
+    here = {"chat": {"/tmp"}, "plain": {"/tmp", "/var/tmp", "/run/vllm/plain"}}  # noqa: S108
+    assert set(found) == {f"/var/cache/vllm/{name}", *here[name]}
+
+
+# --- only containers
+
+
+def test_the_container_is_what_it_should_be(instances: Instances, images: dict[str, str]) -> None:
+    found = instances.inspected("chat")
+    assert found["Image"] == images["real"]
+    settings = found["HostConfig"]
+    assert settings["CapDrop"] == ["ALL"]
+    assert settings["ReadonlyRootfs"]
+    assert not settings["Privileged"]
+    assert settings["IpcMode"] == "private"
+    assert settings["PidsLimit"] == 16384
+    assert settings["ShmSize"] == 8 * 1024**3
+    assert 0 < settings["Memory"] <= 0.9 * 1024 * int(instances.sh("awk '/MemTotal/ {print $2}' /proc/meminfo"))
+    assert settings["RestartPolicy"]["Name"] == "no"
+    assert settings["PortBindings"] == {"8000/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8000"}]}
+    assert not [mount for mount in found["Mounts"] if "docker.sock" in mount["Source"]]
+    assert [mount["Destination"] for mount in found["Mounts"] if mount["RW"]] == ["/var/cache/vllm/chat"]
+
+
+def test_an_instance_changes_its_runtime_under_requests_and_back(host: Host, instances: Instances) -> None:
+    """Requests that run are answered to their end by what is stopped, in either runtime; those in between are refused, those after it answered.
+
+    With two hosts and a gateway nobody is refused: tests/drills/test_docker_fleet.py.
+    """
+    for runtime in ("systemd", "docker"):
+        answers: list[tuple[int, Any]] = []
+        done = threading.Event()
+
+        def load(answers: list[tuple[int, Any]] = answers, done: threading.Event = done) -> None:
+            while not done.is_set():
+                answers.append(instances.ask(8000, tokens=30, ignore_eos=True))
+                time.sleep(1)
+
+        clients = [threading.Thread(target=load) for _ in range(2)]
+        for client in clients:
+            client.start()
+        time.sleep(1)
+        applied(host, ROLE, vllm_instances=[{**CHAT, "runtime": runtime}])
+        time.sleep(1)
+        done.set()
+        for client in clients:
+            client.join()
+        statuses = [status for status, _answer in answers]
+        assert (
+            host.run("journalctl --unit vllm@chat --output cat --no-pager --since -15min").stdout.count("timed out")
+            == 0
+        )
+        # 500 is what vLLM says to who asks while it drains; the gateway asks another host then
+        assert set(statuses) <= {200, 0, 500}, statuses
+        assert statuses[0] == 200
+        assert statuses[-1] == 200
+        assert all(answer["usage"]["completion_tokens"] == 30 for status, answer in answers if status == 200)
+        assert host.file("/etc/systemd/system/vllm@chat.service").exists == (runtime == "docker")
+        assert host.run("docker ps --quiet --filter label=gpufleet.instance=chat").stdout.count("\n") == (
+            1 if runtime == "docker" else 0
+        )
+        assert host.run("systemctl is-enabled vllm@chat").stdout.strip() == "enabled"
+    assert not changed(applied(host, ROLE, vllm_instances=[{**CHAT, "runtime": "docker"}]))
+
+
+def test_what_is_exported_runs_by_compose_alone(host: Host, instances: Instances, tmp_path: Path) -> None:
+    """The files of playbooks/compose.yml on a machine that has the model, with a key of its own."""
+    instances.sh("systemctl stop vllm@chat")
+    done = subprocess.run(
+        ["ansible-playbook", "playbooks/compose.yml", f"--inventory={ROOT}/molecule/shared/inventory/", f"--limit={host_name(host)}",
+         "-e", f"vllm_group={ROLE}", "-e", f"compose_path={tmp_path}"],
+        cwd=ROOT, text=True, capture_output=True, check=False, env=environment(ROLE),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = tmp_path / host_name(host) / "chat"
+    assert sorted(file.name for file in made.iterdir()) == ["compose.yaml", "config.yaml", "environment", "serve"]
+    assert (made / "environment").stat().st_mode & 0o777 == 0o600
+    text = (made / "compose.yaml").read_text()
+    assert KEY not in "".join(file.read_text() for file in made.iterdir())
+    # by the words at the beginning of the file
+    user = instances.sh("echo $(id -u vllm):$(id -g vllm)")
+    assert f"chown {user} internal_key environment" in text
+    subprocess.run(["docker", "cp", str(made), f"{host_name(host)}:/srv/moved"], check=True, capture_output=True)
+    key = "f" * 64
+    instances.sh("printf %s >/srv/moved/internal_key", key)
+    instances.sh("cd /srv/moved && chown %s internal_key environment && chmod 0400 internal_key environment", user)
+    try:
+        instances.sh("cd /srv/moved && docker compose up --detach --quiet-pull 2>&1")
+        until(lambda: instances.ask(8000, key=key, timeout=10)[0] == 200, 200, "it does not answer")
+        assert "Paris" in instances.ask(8000, tokens=4, key=key)[1]["choices"][0]["text"]
+        assert instances.ask(8000)[0] == 401
+    finally:
+        instances.sh("cd /srv/moved && docker compose down 2>&1; rm -r /srv/moved")
