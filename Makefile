@@ -43,7 +43,7 @@ e2e: setup ## End to end: a fleet of test hosts, a real model, real requests
 	@$(RUN) e2e
 
 .PHONY: drills gpu
-drills: setup ## What takes long: Debian's real driver, built by DKMS (20 minutes)
+drills: setup ## What takes long: Debian's real driver, built by DKMS (20 minutes), and the end-to-end list with containers (40 minutes)
 	@.venv/bin/python -m pytest -s tests/drills
 
 gpu: setup ## On a machine with an NVIDIA GPU, as root: deploy there and measure (tests/gpu; 40 minutes)

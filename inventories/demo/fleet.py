@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Inventory of the demo fleet: the hosts that `make demo` started (.demo/fleet.json), or their names when none runs."""
+"""Inventory of the demo fleet: the hosts that `make demo` started (.demo/fleet.json), or their names when none runs.
+
+A file vars.json beside it has further variables of the hosts that run vLLM.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ try:
 except FileNotFoundError:
     fleet = {"gateway": {"demo-gateway": "192.0.2.1"}, "vllm": {"demo-gpu1": "192.0.2.2"}}  # RFC 5737: leads nowhere
 inventory: dict[str, object] = {group: {"hosts": sorted(hosts)} for group, hosts in fleet.items()}
+if (further := directory / "vars.json").exists():
+    inventory["vllm"] = {"hosts": sorted(fleet["vllm"]), "vars": json.loads(further.read_text())}
 inventory["_meta"] = {
     "hostvars": {name: {"ansible_host": address} for hosts in fleet.values() for name, address in hosts.items()}
 }

@@ -1,5 +1,8 @@
 """The fleet of the end-to-end tests: one gateway and two inference hosts, made by the demo and by site.yml.
 
+E2E_RUNTIME=docker in the environment runs vLLM in containers (tests/drills/test_docker_fleet.py), on Debian 13: Debian 12 has a Docker that is
+too old. Their image is Debian 12 with the very release that the hosts build otherwise, and it comes to them as an archive.
+
 With E2E_KEEP=1 in the environment the fleet stays after the tests and is used again by the next ones: for working on a
 test. `DEMO_FLEET=e2e python -m demo down` removes it.
 """
@@ -13,6 +16,7 @@ import shutil
 import ssl
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,12 +35,14 @@ DIRECTORY = ROOT / ".cache" / NAME
 GATEWAY = f"{NAME}-gateway"
 WORKERS = (f"{NAME}-gpu1", f"{NAME}-gpu2")
 UNIT = "vllm@chat"
+RUNTIME = os.environ.get("E2E_RUNTIME", "systemd")
 ENVIRONMENT = {
     **os.environ,
     "DEMO_FLEET": NAME,
     "DEMO_PORT": "9443",
     "DEMO_HOSTS": str(len(WORKERS)),
     "DEMO_DIR": str(DIRECTORY),
+    "DEMO_OS": "debian13" if RUNTIME == "docker" else "debian12",
     "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}",
     "LC_ALL": "C.UTF-8",
     "ANSIBLE_FORCE_COLOR": "0",
@@ -268,6 +274,44 @@ def secret(name: str) -> str:
     return (DIRECTORY / name).read_text()
 
 
+def build_image() -> dict[str, str]:
+    """Make an archive of an image that runs vLLM, on a host of its own. Returns the variables that name both."""
+    host, archive = f"{NAME}-image", DIRECTORY / "image.tar"
+    hosts.up(host, {host: "debian12"})
+    try:
+        playbook("tests/e2e/image.yml", "-e", f"image_host={host}")
+        release = on(host, "dirname /opt/vllm/releases/*/.complete").strip()
+        # A third of it would be Triton, which vLLM does not use on a CPU.
+        tar = "tar -c -C / --one-file-system --exclude=./var/log --exclude='*/site-packages/triton*' ."
+        changes = f"--change 'ENV PATH={release}/bin:/usr/local/bin:/usr/bin:/bin' --change 'ENTRYPOINT [\"vllm\", \"serve\"]'"
+        made = program(
+            "bash", "-o", "pipefail", "-c", f"docker exec {host} {tar} | docker import {changes} -"
+        ).output.split()[-1]
+        hosts.docker("save", "--output", str(archive), made)
+        hosts.docker("image", "rm", made)
+    finally:
+        hosts.down(host)
+    # As the hosts' engine will call it. This machine's may count otherwise: with containerd's store an id is that of the manifest.
+    with tarfile.open(archive) as file:
+        manifest = file.extractfile("manifest.json")
+        assert manifest
+        config = Path(json.load(manifest)[0]["Config"]).name
+    return {"vllm_image": f"sha256:{config.removesuffix('.json')}", "vllm_image_archive": str(archive)}
+
+
+def prepare_containers() -> None:
+    """Have site.yml run vLLM in containers on the bare hosts."""
+    variables = {"vllm_runtime": "docker", "docker_source": "distribution", **build_image()}
+    (DIRECTORY / "vars.json").write_text(json.dumps(variables))
+    for worker in WORKERS:
+        drop_in = "/etc/systemd/system/docker.service.d"
+        on(
+            worker,
+            f"mkdir {drop_in} && cat >{drop_in}/test-host.conf",
+            stdin=(ROOT / "molecule/shared/engine.conf").read_text(),
+        )
+
+
 @pytest.fixture(scope="session")
 def bare_hosts() -> Iterator[Sequence[str]]:
     """The hosts of the fleet with nothing on them but systemd and sshd."""
@@ -281,6 +325,8 @@ def bare_hosts() -> Iterator[Sequence[str]]:
     remove()
     try:
         demo("hosts")
+        if RUNTIME == "docker":
+            prepare_containers()
         yield (GATEWAY, *WORKERS)
     finally:
         if not KEEP:
