@@ -71,7 +71,7 @@ class Instances:
         """What a shell in the container says."""
         return self.sh("docker exec %s sh -c %s", self.container(name), script)
 
-    def until_it_answers(self, port: int, seconds: float = 60) -> None:
+    def until_it_answers(self, port: int, seconds: float = 180) -> None:
         until(lambda: self.ask(port, timeout=5)[0] == 200, seconds, f"port {port} does not answer")
 
     def reboot(self) -> None:

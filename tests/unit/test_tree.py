@@ -255,14 +255,15 @@ def test_bad_input_is_refused_before_any_change(host: Host, wanted: list[Any], m
 
 
 @pytest.mark.parametrize("who", [{"group": "nobody-here"}, {"owner": "nobody-here"}])
-def test_in_a_check_owners_may_be_what_an_earlier_task_would_make(host: Host, who: dict[str, str]) -> None:
-    secret = Entry("/a", **{"owner": USER, "group": GROUP, **who})
-    result = host.present(secret, check=True, diff=True)
+def test_in_a_check_owners_may_be_what_an_earlier_task_would_make(host: Host, who: dict[str, Any]) -> None:
+    owners: dict[str, Any] = {"owner": USER, "group": GROUP, **who}
+    wanted = Entry("/a", **owners)
+    result = host.present(wanted, check=True, diff=True)
     assert result["paths"] == ["/a"]
     assert "nobody-here" in result["diff"][0]["after"]
     assert not host.at("/a").exists()
     with pytest.raises(TreeError, match="unknown on this host"):
-        host.present(secret)
+        host.present(wanted)
 
 
 def test_nothing_is_put_below_a_link_that_is_about_to_go(host: Host) -> None:

@@ -174,7 +174,7 @@ def test_an_instance_changes_its_runtime_under_requests_and_back(host: Host, ins
             client.start()
         time.sleep(1)
         applied(host, ROLE, vllm_instances=[{**CHAT, "runtime": runtime}])
-        time.sleep(1)
+        until(lambda answers=answers: answers[-1][0] == 200, 180, "it does not answer")  # type: ignore[misc]
         done.set()
         for client in clients:
             client.join()
@@ -219,7 +219,7 @@ def test_what_is_exported_runs_by_compose_alone(host: Host, instances: Instances
     instances.sh("cd /srv/moved && chown %s internal_key environment && chmod 0400 internal_key environment", user)
     try:
         instances.sh("cd /srv/moved && docker compose up --detach --quiet-pull 2>&1")
-        until(lambda: instances.ask(8000, key=key, timeout=10)[0] == 200, 200, "it does not answer")
+        until(lambda: instances.ask(8000, key=key, timeout=10)[0] == 200, 500, "it does not answer")
         assert "Paris" in instances.ask(8000, tokens=4, key=key)[1]["choices"][0]["text"]
         assert instances.ask(8000)[0] == 401
     finally:
