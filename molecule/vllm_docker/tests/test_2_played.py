@@ -306,9 +306,9 @@ def test_what_another_generation_left_running_is_ended(instances: Instances) -> 
         other,
     )
     instances.sh("systemctl reset-failed %s; systemctl start %s", UNIT, UNIT)
+    running = "docker ps --format '{{.Names}}' --filter label=gpufleet.instance=small"
+    until(lambda: instances.sh(running).split() == [f"vllm-small-{current}"], 180, "the other one runs on")
     instances.until_it_answers(8010)
-    running = instances.sh("docker ps --format '{{.Names}}' --filter label=gpufleet.instance=small").split()
-    assert running == [f"vllm-small-{current}"]
 
 
 def test_a_reboot_brings_it_back_without_anybody(instances: Instances) -> None:
