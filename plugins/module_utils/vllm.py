@@ -11,7 +11,6 @@ from typing import Any
 INSTANCE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}", re.IGNORECASE)
 VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
-RUNTIMES = ("systemd", "docker")
 # Where an instance keeps what it compiles: kernels survive releases. They are code: private, and written by nobody else.
 CACHE_PATH = "/var/cache/vllm"
 CACHES = {
