@@ -176,7 +176,7 @@ def test_the_container_is_what_it_should_be(instances: Instances, images: dict[s
 def test_an_instance_changes_its_runtime_under_requests_and_back(host: Host, instances: Instances) -> None:
     """Those in between are refused at once, those after it answered. That what runs is answered to its end is shown above and below.
 
-    With two hosts and a gateway nobody is refused: tests/drills/test_docker_fleet.py.
+    On one host. No test changes the runtime of one host of two behind a gateway.
     """
     for runtime in ("systemd", "docker"):
         answers: list[tuple[int, Any]] = []
