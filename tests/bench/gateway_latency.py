@@ -3,7 +3,7 @@
     python -m tests.bench.gateway_latency [--streams 1 32] [--rounds 40] [--tokens 100] [--real-model]
 
 Uses the running demo fleet (`make demo`) and nothing else. On a CPU the model takes most of the time and of the processors, so
-that its noise hides the gateway: for the time of the measurement token_server.py takes the place of vLLM on demo-gpu1 and sends
+that its noise hides the gateway: for the time of the measurement the stand-in takes the place of vLLM on demo-gpu1 and sends
 a token every 10 ms, as a GPU would (vLLM is started again at the end). `--real-model` asks vLLM itself.
 
 Each round asks once straight and once through the gateway, in changing order, so that a slow moment of the machine hits both.
@@ -13,7 +13,6 @@ Connections are kept, as clients keep them.
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import http.client
 import itertools
@@ -21,11 +20,14 @@ import json
 import ssl
 import statistics
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from tests.stand_in import wheel
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / ".demo"
@@ -79,26 +81,34 @@ def measure(
     return first, gaps
 
 
-def on_worker(command: str) -> None:
-    """Run a shell command on demo-gpu1, the way Ansible reaches it."""
+def on_worker(module: str, arguments: str) -> None:
+    """Run a module on demo-gpu1, the way Ansible reaches it."""
     subprocess.run(
-        ["ansible", "demo-gpu1", "-i", "inventories/demo", "-b", "-m", "ansible.builtin.shell", "-a", command],
+        ["ansible", "demo-gpu1", "-i", "inventories/demo", "-b", "-m", f"ansible.builtin.{module}", "-a", arguments],
         cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
 
 
 @contextlib.contextmanager
-def token_server(address: str) -> Iterator[None]:
-    """Let token_server.py answer in place of vLLM."""
-    program = base64.b64encode((Path(__file__).parent / "token_server.py").read_bytes()).decode()
-    on_worker(f"echo {program} | base64 -d >/run/token_server.py && systemctl stop vllm@chat")
+def stand_in(address: str, model: str) -> Iterator[None]:
+    """Let the stand-in for vLLM answer in its place, with a token every 10 ms."""
+    with tempfile.TemporaryDirectory() as directory:
+        made, _lock = wheel.write(Path(directory))
+        on_worker("copy", f"src={made} dest=/run/stand-in.whl mode=0644")
+    on_worker(
+        "shell",
+        "python3 -m zipfile -e /run/stand-in.whl /run/stand-in && echo {} >/run/stand-in/config.json && systemctl stop vllm@chat",
+    )
+    settings = f"--setenv=PYTHONPATH=/run/stand-in --setenv=STAND_IN='{json.dumps({'seconds_per_token': 0.01})}'"
+    serve = f"/usr/bin/python3 -m vllm.entrypoints.cli.main serve /run/stand-in --host {address} --served-model-name {model}"
     try:
-        on_worker(
-            f"systemd-run --quiet --unit=token-server /usr/bin/python3 /run/token_server.py {address} 8000; sleep 2"
-        )
+        on_worker("shell", f"systemd-run --quiet --unit=stand-in {settings} {serve}; sleep 2")
         yield
     finally:
-        on_worker("systemctl stop token-server; systemctl start --no-block vllm@chat; rm /run/token_server.py")
+        on_worker(
+            "shell",
+            "systemctl stop stand-in; systemctl start --no-block vllm@chat; rm -r /run/stand-in /run/stand-in.whl",
+        )
 
 
 def percentile(values: list[float], percent: int) -> float:
@@ -135,7 +145,7 @@ def main() -> None:
         "model": access["model"], "prompt": "Count: one, two,", "max_tokens": arguments.tokens, "ignore_eos": True,
         "stream": True, "temperature": 0,
     }  # fmt: skip
-    with contextlib.nullcontext() if arguments.real_model else token_server(worker):
+    with contextlib.nullcontext() if arguments.real_model else stand_in(worker, access["model"]):
         print(
             f"{'streams':>7}  {'way':<20}  {'TTFB p50':>9}  {'TTFB p99':>9}  {'token p50':>9}  {'token p99':>9}  (ms)"
         )

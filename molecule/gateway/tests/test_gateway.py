@@ -1,6 +1,6 @@
 """The gateway as its clients meet it.
 
-Behind it is molecule/gateway/fake_vllm.py, twice; real vLLM is behind it in tests/e2e.
+Behind it is the stand-in for vLLM (tests/stand_in), twice, which says what came; real vLLM is behind it in tests/e2e.
 
 Requests go over the network from outside the host, on sockets of our own: HTTP libraries tidy up paths.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import http.client
-import itertools
 import json
 import socket
 import ssl
@@ -132,6 +131,12 @@ class Gateway:
         return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, text)
 
 
+def commanded(answers: str, seconds: float = 0.02) -> dict[str, Any]:
+    """The body of a chat of one token that the stand-in is to answer like this, with so many seconds for a token."""
+    messages = [{"role": "user", "content": "Hi"}]
+    return {"messages": messages, "max_tokens": 1, "stand_in": {"answers": answers, "seconds_per_token": seconds}}
+
+
 @pytest.fixture(scope="module")
 def gateway(host: Host) -> Gateway:
     return Gateway(host)
@@ -141,10 +146,11 @@ def gateway(host: Host) -> Gateway:
 def both_up(host: Host) -> Iterator[None]:
     """Whatever the test does to the backends, the next one finds both."""
     yield
-    host.check_output("systemctl start fake-vllm@1 fake-vllm@2")
-    time.sleep(0.5)
-    host.check_output("systemctl reload nginx")  # forget who failed
-    time.sleep(0.5)
+    host.check_output("systemctl start stand-in@1 stand-in@2")
+    host.check_output(
+        "timeout 60 sh -c 'for i in 1 2; do until curl -sf http://10.99.0.$i:8000/health; do sleep 0.1; done; done'"
+    )
+    host.check_output("systemctl restart nginx")  # forget who failed; a reload would be over before its workers are there
 
 
 # --- who is let in
@@ -264,19 +270,19 @@ def test_malformed_requests_get_json(gateway: Gateway, request_line: bytes, stat
 
 
 def test_an_error_of_vllm_is_passed_on_as_it_is(gateway: Gateway) -> None:
-    answer = gateway.ask(CHAT, body={"fake": "refuse"})
+    answer = gateway.ask(CHAT, body=commanded("503"))
     assert answer.status == 503
     assert answer.json["error"]["type"] == "from_vllm"
 
 
 def test_a_backend_that_breaks_off_is_502_and_the_prompt_runs_once(gateway: Gateway) -> None:
-    answer = gateway.ask(CHAT, body={"fake": "drop"})
+    answer = gateway.ask(CHAT, body=commanded("drop"))
     assert answer.status == 502
     assert answer.error["code"] == "bad_gateway"
 
 
 def test_a_backend_that_hangs_is_504(gateway: Gateway) -> None:
-    answer = gateway.ask(CHAT, body={"fake": "hang"})
+    answer = gateway.ask(CHAT, body=commanded("hang"))
     assert answer.status == 504
     assert answer.error["code"] == "timeout"
 
@@ -290,13 +296,13 @@ def test_both_backends_are_used(gateway: Gateway) -> None:
 
 @pytest.mark.usefixtures("both_up")
 def test_a_dead_backend_costs_no_request(gateway: Gateway, host: Host) -> None:
-    host.check_output("systemctl stop fake-vllm@1")
+    host.check_output("systemctl stop stand-in@1")
     assert [gateway.ask(CHAT).status for _ in range(12)] == [200] * 12
 
 
 @pytest.mark.usefixtures("both_up")
 def test_without_backends_the_client_is_told(gateway: Gateway, host: Host) -> None:
-    host.check_output("systemctl stop fake-vllm@1 fake-vllm@2")
+    host.check_output("systemctl stop stand-in@1 stand-in@2")
     for _ in range(8):
         answer = gateway.ask(CHAT)
         assert answer.status in (502, 503)
@@ -308,7 +314,7 @@ def test_without_backends_the_client_is_told(gateway: Gateway, host: Host) -> No
 
 def stream(gateway: Gateway) -> Iterator[tuple[float, bytes]]:
     """Ask for a stream; yield what arrives with the time of its arrival."""
-    body = json.dumps({"fake": "stream"}).encode()
+    body = json.dumps({**commanded("right", 0.3), "max_tokens": 8, "stream": True}).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: llm.test\r\nConnection: close\r\n"
     head += f"Authorization: Bearer {TEAM_A}\r\nContent-Length: {len(body)}\r\n\r\n"
     with gateway.connect() as connection:
@@ -319,10 +325,9 @@ def stream(gateway: Gateway) -> Iterator[tuple[float, bytes]]:
 
 def test_a_stream_arrives_piece_by_piece(gateway: Gateway) -> None:
     arrived = [(when, part) for when, part in stream(gateway) if b"data: " in part]
-    assert len(arrived) >= 8
-    gaps = [later - earlier for (earlier, _), (later, _) in itertools.pairwise(arrived)]
-    assert min(gaps) > 0.1
-    assert arrived[-1][0] - arrived[0][0] > 2
+    # Eight tokens, 0.3 seconds each: a machine that is busy may read two at once, a gateway that collects them sends one piece.
+    assert len(arrived) >= 5
+    assert arrived[-1][0] - arrived[0][0] > 1.5
 
 
 def test_a_reload_does_not_cut_a_stream(gateway: Gateway, host: Host) -> None:
@@ -331,7 +336,7 @@ def test_a_reload_does_not_cut_a_stream(gateway: Gateway, host: Host) -> None:
         received += part
         if number == 2:
             host.check_output("systemctl reload nginx")
-    assert b"data: 7" in received
+    assert received.count(b"data: ") == 10, "a role, eight tokens and an end"
     assert b"[DONE]" in received
 
 
@@ -349,8 +354,8 @@ def test_a_client_beyond_its_rate_waits_and_others_do_not(gateway: Gateway) -> N
 
 def test_a_client_beyond_its_concurrency_is_refused_and_others_are_not(gateway: Gateway) -> None:
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        running = [pool.submit(gateway.ask, CHAT, NARROW, {"fake": "slow"}) for _ in range(5)]
-        other = pool.submit(gateway.ask, CHAT, TEAM_A, {"fake": "slow"})
+        running = [pool.submit(gateway.ask, CHAT, NARROW, commanded("right", 1.5)) for _ in range(5)]
+        other = pool.submit(gateway.ask, CHAT, TEAM_A, commanded("right", 1.5))
         statuses = sorted(future.result().status for future in running)
         assert other.result().status == 200
     assert statuses == [200, 200, 429, 429, 429]
@@ -441,6 +446,7 @@ def test_the_keys_are_in_one_file_that_only_root_reads(host: Host) -> None:
 # --- changes
 
 
+@pytest.mark.one_host
 def test_a_configuration_that_nginx_refuses_changes_nothing(gateway: Gateway, host: Host) -> None:
     before = host.file("/etc/nginx/nginx.conf").content_string
     assert "nginx -t -q' ended with 1" in refused(host, "gateway", gateway_tls_certificate_file="/etc/hostname")
@@ -449,6 +455,7 @@ def test_a_configuration_that_nginx_refuses_changes_nothing(gateway: Gateway, ho
     assert gateway.ask(CHAT).status == 200
 
 
+@pytest.mark.one_host
 def test_a_new_key_replaces_the_old_one_everywhere(gateway: Gateway, host: Host) -> None:
     new = "eeeeeeeeeeeeeeee-0123456789abcdef"
     clients = [{"name": "team-a", "key": new, "requests_per_minute": 60000, "concurrent_requests": 100}]
@@ -477,6 +484,7 @@ BAD_INPUT = [
 ]
 
 
+@pytest.mark.one_host
 @pytest.mark.parametrize(("variable", "value", "message"), BAD_INPUT, ids=range(len(BAD_INPUT)))
 def test_bad_input_is_refused_before_anything_changes(host: Host, variable: str, value: Any, message: str) -> None:
     output = refused(host, "gateway", **{variable: value})

@@ -1,4 +1,4 @@
-"""Containers with small images that answer the gate as vLLM does (played_vllm.py): everything in which vLLM itself plays no part.
+"""Containers with small images that have the stand-in for vLLM (tests/stand_in): everything in which vLLM itself plays no part.
 
 The tests change the host and build on each other's end state: each leaves `small` answering.
 """
@@ -17,11 +17,15 @@ import pytest
 import yaml
 from testinfra.host import Host
 
-from tests.contained import KEY, MODEL, ROLE, Instances
-from tests.roles import ROOT, applied, changed, host_name, refused, until
+from tests.contained import ROLE, Instances
+from tests.playbooks import playbook
+from tests.roles import ROOT, applied, changed, environment, host_name, refused, until
+from tests.served import KEY, MODEL
 
 SMALL: dict[str, Any] = {"name": "small", "model": MODEL, "port": 8010, "environment": {"VLLM_CPU_KVCACHE_SPACE": 1}}
 UNIT = "vllm@small"
+# For the runtime without containers; molecule/shared/prepare_stand_in.yml brings its wheel to the host.
+LOCK = str(ROOT / ".cache/stand-in/vllm.txt")
 VARIABLES = yaml.safe_load((ROOT / f"molecule/shared/inventory/group_vars/{ROLE}.yml").read_text())
 
 
@@ -35,6 +39,14 @@ def run(host: Host, image: str, *options: str, **more: Any) -> str:
 def fails(host: Host, image: str, **more: Any) -> str:
     """Apply the role with this image and expect a refusal."""
     return refused(host, ROLE, vllm_image=image, vllm_instances=[{**SMALL, **more.pop("instance", {})}], **more)
+
+
+def nothing_is_left_of_a_proof(host: Host) -> None:
+    """The unit, the generation, the container and the caches of the instance that proved are gone."""
+    for path in ("/etc/vllm", "/etc/systemd/system", "/run/systemd/system", "/var/cache/vllm"):
+        assert host.run("ls %s | grep proof_", path).rc == 1, path
+    assert host.check_output("docker ps --all --quiet --filter label=gpufleet.instance=proof_small") == ""
+    assert "proof_" not in host.check_output("docker network ls --format '{{.Name}}'")
 
 
 def there(host: Host, image: str) -> bool:
@@ -91,8 +103,11 @@ def test_a_private_registry_asks_for_a_password(host: Host, instances: Instances
     told = fails(host, private, **user, vllm_registry_password=wrong)
     assert "could not be fetched" in told
     assert wrong not in told
-    told = run(host, private, **user, vllm_registry_password=password)
+    told = run(host, private, **user, vllm_registry_password=password, vllm_start_proof="refuse")
     assert password not in told
+    assert "The proofs answer a completion" in told, "it never ran here, so it was proved beside what runs"
+    nothing_is_left_of_a_proof(host)
+    assert len(host.check_output("ls /opt/vllm/proofs/*.json").split()) == 1
     assert instances.version() == "next"
     encoded = base64.b64encode(f"{VARIABLES['test_registry_username']}:{password}".encode()).decode()
     for place in ("/root/.docker", "/etc/vllm", "/run/vllm", "/opt/vllm/bin", "/etc/systemd/system", "/tmp"):  # noqa: S108
@@ -109,7 +124,7 @@ def test_the_old_container_answers_until_the_new_one_is_made(
     run(host, images["good"])
     client.join()
     status, answer = answers[0]
-    assert (status, answer["system_fingerprint"]) == (200, "next")
+    assert (status, answer["system_fingerprint"]) == (200, "vllm-next")
     assert answer["usage"]["completion_tokens"] == 150
     assert instances.version() == "good"
     assert instances.generation("small") == "3"
@@ -117,6 +132,20 @@ def test_the_old_container_answers_until_the_new_one_is_made(
     assert new["Created"] < old["State"]["FinishedAt"]
     assert old["State"]["ExitCode"] == 0
     assert there(host, images["next_private"]), "the one before stays"
+
+
+def test_an_image_that_does_not_start_is_refused_before_anything_stops(
+    host: Host, instances: Instances, images: dict[str, str]
+) -> None:
+    before = instances.pid("small")
+    told = fails(host, images["broken"], vllm_start_proof="refuse")
+    assert "does not start, not even with a tiny model" in told
+    assert "RuntimeError: this image is broken" in told
+    assert "Nothing was stopped" in told
+    assert instances.pid("small") == before
+    assert (instances.version(), instances.generation("small")) == ("good", "3")
+    nothing_is_left_of_a_proof(host)
+    assert len(host.check_output("ls /opt/vllm/proofs/*.json").split()) == 1, "what failed is not recorded"
 
 
 def test_an_image_that_does_not_start_goes_back(host: Host, instances: Instances, images: dict[str, str]) -> None:
@@ -207,6 +236,90 @@ def test_images_that_no_generation_needs_are_gone_and_the_one_before_is_there(
     networks = host.check_output("docker network ls --format '{{.Name}}'").split()
     assert {name for name in networks if name.startswith("vllm-")} == {f"{name}_default" for name in names}
     run(host, images["good"])
+
+
+# --- one instance, and how it is run
+
+
+def test_an_instance_changes_its_runtime_under_requests_and_back(
+    host: Host, instances: Instances, images: dict[str, str]
+) -> None:
+    """Those in between are refused at once, those after it answered. That what runs is answered to its end is shown above and below.
+
+    On one host. No test changes the runtime of one host of two behind a gateway.
+    """
+    for runtime in ("systemd", "docker"):
+        answers: list[tuple[int, Any]] = []
+        done = threading.Event()
+
+        def load(answers: list[tuple[int, Any]] = answers, done: threading.Event = done) -> None:
+            while not done.is_set():
+                answers.append(instances.ask(8010, tokens=30))
+                time.sleep(1)
+
+        clients = [threading.Thread(target=load) for _ in range(2)]
+        for client in clients:
+            client.start()
+        time.sleep(1)
+        run(host, images["good"], instance={"runtime": runtime}, vllm_lock_file=LOCK, vllm_torch_backend="")
+        until(lambda answers=answers: answers[-1][0] == 200, 180, "it does not answer")  # type: ignore[misc]
+        done.set()
+        for client in clients:
+            client.join()
+        statuses = [status for status, _answer in answers]
+        assert (
+            host.run("journalctl --unit vllm@small --output cat --no-pager --since -15min").stdout.count("timed out")
+            == 0
+        )
+        # 500 is what vLLM says to who asks while it drains; the gateway asks another host then
+        assert set(statuses) <= {200, 0, 500}, statuses
+        assert statuses[0] == 200
+        assert statuses[-1] == 200
+        assert host.file("/etc/systemd/system/vllm@small.service").exists == (runtime == "docker")
+        assert host.run("docker ps --quiet --filter label=gpufleet.instance=small").stdout.count("\n") == (
+            1 if runtime == "docker" else 0
+        )
+        assert host.run("systemctl is-enabled vllm@small").stdout.strip() == "enabled"
+    assert not changed(run(host, images["good"], instance={"runtime": "docker"}))
+
+
+def test_what_is_exported_runs_by_compose_alone(
+    host: Host, instances: Instances, images: dict[str, str], tmp_path: Path
+) -> None:
+    """The files of playbooks/compose.yml on a machine that has the model, with a key of its own."""
+    variables = {
+        "vllm_group": ROLE,
+        "compose_path": str(tmp_path),
+        "vllm_image": images["good"],
+        "vllm_instances": [SMALL],
+    }
+    done = playbook(
+        "playbooks/compose.yml", f"--inventory={ROOT}/molecule/shared/inventory/", f"--limit={host_name(host)}",
+        "-e", json.dumps(variables), environment=environment(ROLE),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = tmp_path / host_name(host) / "small"
+    assert sorted(file.name for file in made.iterdir()) == ["compose.yaml", "config.yaml", "environment", "serve"]
+    assert (made / "environment").stat().st_mode & 0o777 == 0o600
+    text = (made / "compose.yaml").read_text()
+    assert KEY not in "".join(file.read_text() for file in made.iterdir())
+    # by the words at the beginning of the file
+    user = instances.sh("echo $(id -u vllm):$(id -g vllm)")
+    assert f"chown {user} internal_key environment" in text
+    subprocess.run(["docker", "cp", str(made), f"{host_name(host)}:/srv/moved"], check=True, capture_output=True)
+    key = "f" * 64
+    instances.sh("printf %s >/srv/moved/internal_key", key)
+    instances.sh("cd /srv/moved && chown %s internal_key environment && chmod 0400 internal_key environment", user)
+    instances.sh("systemctl stop %s", UNIT)
+    try:
+        instances.sh("cd /srv/moved && docker compose up --detach --quiet-pull 2>&1")
+        until(lambda: instances.ask(8010, key=key, timeout=10)[0] == 200, 60, "it does not answer")
+        assert "Paris" in instances.ask(8010, tokens=4, key=key)[1]["choices"][0]["text"]
+        assert instances.ask(8010)[0] == 401
+    finally:
+        instances.sh("cd /srv/moved && docker compose down 2>&1; rm -r /srv/moved")
+    instances.sh("systemctl start %s", UNIT)
+    instances.until_it_answers(8010)
 
 
 # --- what dies, and what comes back
@@ -374,21 +487,28 @@ def test_the_environment_arrives_as_it_was_written(host: Host, instances: Instan
 def test_gpus_come_by_their_specification(host: Host, instances: Instances, images: dict[str, str]) -> None:
     """A specification that names an environment variable in the place of devices, which a container in a container cannot be given.
 
-    `nvidia-smi` is played as well: it says that there are two GPUs.
+    `nvidia-smi` is played as well: it says that there are two GPUs, and that what runs has left no memory for a proof beside it.
     """
     host.check_output("mkdir -p /etc/cdi")
     devices = [{"name": str(n), "containerEdits": {"env": [f"PLAYED_GPU_{n}=here"]}} for n in range(2)]
     spec = {"cdiVersion": "0.6.0", "kind": "nvidia.com/gpu", "devices": devices}
     smi = (ROOT / "tests/unit/recordings/nvidia/a100/nvidia-smi.csv").read_text()
     gpus = {"vllm_device": "cuda", "vllm_version": "0.33.0", "vllm_packages": []}
-    host.check_output(
-        "printf %s >/usr/bin/nvidia-smi && chmod 0755 /usr/bin/nvidia-smi", f"#!/bin/sh\necho '{smi.strip()}'\n"
-    )
+    full = "\n".join(f"{number}, 900, 81920" for number in range(2))
+    played = f"#!/bin/sh\ncase $* in\n*memory.free*) echo '{full}' ;;\n*) echo '{smi.strip()}' ;;\nesac\n"
+    host.check_output("printf %s >/usr/bin/nvidia-smi && chmod 0755 /usr/bin/nvidia-smi", played)
     try:
         told = fails(host, images["good"], instance={"gpus": [1]}, **gpus)
         assert "says what nvidia.com/gpu is" in told
         host.check_output("printf %s >/etc/cdi/nvidia.json", json.dumps(spec))
-        run(host, images["good"], instance={"gpus": [1]}, **gpus)
+        told = fails(host, images["broken"], instance={"gpus": [1]}, **gpus)
+        assert "The instance was stopped first: its GPUs had no memory left for both" in told
+        assert "RuntimeError: this image is broken" in told
+        assert "It was stopped for what was to follow, and is back and answers" in told
+        assert instances.version() == "good"
+        told = run(host, images["good"], instance={"gpus": [1]}, **gpus)
+        assert "Instances without room for the proof are stopped" in told
+        nothing_is_left_of_a_proof(host)
         environment = instances.sh("tr '\\0' '\\n' </proc/%s/environ", instances.pid("small")).splitlines()
         assert "PLAYED_GPU_1=here" in environment
         assert "NVIDIA_VISIBLE_DEVICES=void" in environment

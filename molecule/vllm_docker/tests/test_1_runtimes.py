@@ -1,27 +1,26 @@
-"""The real vLLM (its CPU build) with a real small model in a container, and the same list of assertions for both runtimes.
+"""The same list of assertions for both runtimes, and what is true of containers only.
 
-Converged are `chat` in a container and `plain` under systemd: one release, once in an image and once on the host. The tests of this file
-come first: those after it have these instances removed.
+Converged are `chat` in a container and `plain` under systemd: one release, once in an image and once on the host. It is the stand-in for vLLM
+(tests/stand_in); with the real vLLM and a real small model tests/drills/test_real_container.py runs this file. The tests of this file come
+first: those after it have these instances removed.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import threading
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from testinfra.host import Host
 
-from tests.contained import KEY, MODEL, ROLE, Instances
-from tests.roles import ROOT, applied, changed, environment, host_name, until
+from tests.contained import ROLE, Instances
+from tests.roles import ROOT
+from tests.served import KEY, MODEL, ends_before_a_stop
 
 CHAT, PLAIN = yaml.safe_load((ROOT / f"molecule/shared/inventory/group_vars/{ROLE}.yml").read_text())["vllm_instances"]
 PORTS = {entry["name"]: entry["port"] for entry in (CHAT, PLAIN)}
+# Some seconds of the real vLLM, and of the stand-in when it is told so.
+LONG: dict[str, Any] = {"tokens": 60, "ignore_eos": True, "stand_in": {"seconds_per_token": 0.1}}
 both = pytest.mark.parametrize("name", list(PORTS))
 
 
@@ -135,22 +134,8 @@ def test_it_writes_to_its_caches_and_nowhere_else(instances: Instances, name: st
     assert set(found) == {f"/var/cache/vllm/{name}", *here[name]}
 
 
-def ends_before_a_stop(instances: Instances, name: str) -> None:
-    """A request that runs as its unit is stopped is answered to its end."""
-    answers: list[tuple[int, Any]] = []
-    client = threading.Thread(target=lambda: answers.append(instances.ask(PORTS[name], tokens=60, ignore_eos=True)))
-    client.start()
-    time.sleep(1.5)
-    instances.sh("systemctl stop vllm@%s", name)
-    client.join()
-    status, answer = answers[0]
-    assert status == 200, answer
-    assert answer["usage"]["completion_tokens"] == 60
-    assert instances.show(name, "Result") == "success"
-
-
 def test_a_running_request_ends_before_its_service_stops(instances: Instances) -> None:
-    ends_before_a_stop(instances, "plain")
+    ends_before_a_stop(instances.host, "plain", lambda: instances.ask(PORTS["plain"], **LONG), LONG["tokens"])
 
 
 # --- only containers
@@ -173,74 +158,5 @@ def test_the_container_is_what_it_should_be(instances: Instances, images: dict[s
     assert [mount["Destination"] for mount in found["Mounts"] if mount["RW"]] == ["/var/cache/vllm/chat"]
 
 
-def test_an_instance_changes_its_runtime_under_requests_and_back(host: Host, instances: Instances) -> None:
-    """Those in between are refused at once, those after it answered. That what runs is answered to its end is shown above and below.
-
-    On one host. No test changes the runtime of one host of two behind a gateway.
-    """
-    for runtime in ("systemd", "docker"):
-        answers: list[tuple[int, Any]] = []
-        done = threading.Event()
-
-        def load(answers: list[tuple[int, Any]] = answers, done: threading.Event = done) -> None:
-            while not done.is_set():
-                answers.append(instances.ask(8000, tokens=30, ignore_eos=True))
-                time.sleep(1)
-
-        clients = [threading.Thread(target=load) for _ in range(2)]
-        for client in clients:
-            client.start()
-        time.sleep(1)
-        applied(host, ROLE, vllm_instances=[{**CHAT, "runtime": runtime}])
-        until(lambda answers=answers: answers[-1][0] == 200, 180, "it does not answer")  # type: ignore[misc]
-        done.set()
-        for client in clients:
-            client.join()
-        statuses = [status for status, _answer in answers]
-        assert (
-            host.run("journalctl --unit vllm@chat --output cat --no-pager --since -15min").stdout.count("timed out")
-            == 0
-        )
-        # 500 is what vLLM says to who asks while it drains; the gateway asks another host then
-        assert set(statuses) <= {200, 0, 500}, statuses
-        assert statuses[0] == 200
-        assert statuses[-1] == 200
-        assert host.file("/etc/systemd/system/vllm@chat.service").exists == (runtime == "docker")
-        assert host.run("docker ps --quiet --filter label=gpufleet.instance=chat").stdout.count("\n") == (
-            1 if runtime == "docker" else 0
-        )
-        assert host.run("systemctl is-enabled vllm@chat").stdout.strip() == "enabled"
-    assert not changed(applied(host, ROLE, vllm_instances=[{**CHAT, "runtime": "docker"}]))
-
-
 def test_a_running_request_ends_before_its_container_stops(instances: Instances) -> None:
-    ends_before_a_stop(instances, "chat")
-
-
-def test_what_is_exported_runs_by_compose_alone(host: Host, instances: Instances, tmp_path: Path) -> None:
-    """The files of playbooks/compose.yml on a machine that has the model, with a key of its own."""
-    done = subprocess.run(
-        ["ansible-playbook", "playbooks/compose.yml", f"--inventory={ROOT}/molecule/shared/inventory/", f"--limit={host_name(host)}",
-         "-e", f"vllm_group={ROLE}", "-e", f"compose_path={tmp_path}"],
-        cwd=ROOT, text=True, capture_output=True, check=False, env=environment(ROLE),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    made = tmp_path / host_name(host) / "chat"
-    assert sorted(file.name for file in made.iterdir()) == ["compose.yaml", "config.yaml", "environment", "serve"]
-    assert (made / "environment").stat().st_mode & 0o777 == 0o600
-    text = (made / "compose.yaml").read_text()
-    assert KEY not in "".join(file.read_text() for file in made.iterdir())
-    # by the words at the beginning of the file
-    user = instances.sh("echo $(id -u vllm):$(id -g vllm)")
-    assert f"chown {user} internal_key environment" in text
-    subprocess.run(["docker", "cp", str(made), f"{host_name(host)}:/srv/moved"], check=True, capture_output=True)
-    key = "f" * 64
-    instances.sh("printf %s >/srv/moved/internal_key", key)
-    instances.sh("cd /srv/moved && chown %s internal_key environment && chmod 0400 internal_key environment", user)
-    try:
-        instances.sh("cd /srv/moved && docker compose up --detach --quiet-pull 2>&1")
-        until(lambda: instances.ask(8000, key=key, timeout=10)[0] == 200, 500, "it does not answer")
-        assert "Paris" in instances.ask(8000, tokens=4, key=key)[1]["choices"][0]["text"]
-        assert instances.ask(8000)[0] == 401
-    finally:
-        instances.sh("cd /srv/moved && docker compose down 2>&1; rm -r /srv/moved")
+    ends_before_a_stop(instances.host, "chat", lambda: instances.ask(PORTS["chat"], **LONG), LONG["tokens"])

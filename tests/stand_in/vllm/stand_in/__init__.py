@@ -1,0 +1,1 @@
+"""How the stand-in behaves. This folder is not in the real vLLM."""

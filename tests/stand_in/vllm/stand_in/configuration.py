@@ -1,0 +1,90 @@
+"""From the configuration file to what is served: as far as vLLM judges it before it answers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class ConfigurationError(ValueError):
+    """What vLLM's engine refuses when it starts."""
+
+
+def words(file: Path) -> list[str]:
+    """The options of a configuration file, in which each line is a name and a JSON value, as words of a command line.
+
+    As vLLM reads it: `true` is the bare name, and `false` is dropped.
+    """
+    found: list[str] = []
+    for line in file.read_text().splitlines():
+        name, colon, text = line.partition(": ")
+        if not colon or line.startswith("#"):
+            continue
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        if value is False:
+            continue
+        found.append(f"--{name}")
+        if value is not True:
+            entries = value if isinstance(value, list) else [value]
+            found += [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
+    return found
+
+
+def read(parser: argparse.ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    """What a command line and the file that it names say; ends the program, as vLLM does, when there is no such option."""
+    if "--config" in arguments:
+        place = arguments.index("--config")
+        arguments = [*words(Path(arguments[place + 1])), *arguments[:place], *arguments[place + 2 :]]
+    told = vars(parser.parse_args(arguments))
+    return {name.replace("_", "-"): value for name, value in told.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server is, once its configuration was read."""
+
+    names: list[str]
+    root: str
+    max_model_len: int
+    host: str
+    port: int
+    shutdown_timeout: float
+    pooling: bool
+    request_ids: bool
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Served:
+        """Judge the options as the engine does: with the model at hand."""
+        model = options.get("model") or options.get("model-tag")
+        if not model:
+            raise ConfigurationError("no model is named")
+        file = Path(model) / "config.json"
+        if not file.is_file():
+            raise ConfigurationError(f"Invalid repository ID or local directory specified: '{model}'.")
+        config = json.loads(file.read_text())
+        longest = int(config.get("max_position_embeddings", 2048))
+        wanted = options.get("max-model-len")
+        length = longest if wanted in (None, "auto", "-1") else int(wanted)
+        if length > longest:
+            raise ConfigurationError(
+                f"User-specified max_model_len ({length}) is greater than the derived max_model_len "
+                f"(max_position_embeddings={longest}.0 or model_max_length=None in model's config.json)."
+            )
+        return cls(
+            names=list(options.get("served-model-name") or [model]),
+            root=model,
+            max_model_len=length,
+            host=options.get("host") or "0.0.0.0",
+            port=int(options.get("port") or 8000),
+            shutdown_timeout=float(options.get("shutdown-timeout") or 0),
+            pooling=options.get("runner") == "pooling",
+            request_ids=bool(options.get("enable-request-id-headers")),
+            options=options,
+        )
