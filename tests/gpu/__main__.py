@@ -1,7 +1,8 @@
 """The whole deployment on a machine with a real GPU, and what it is worth there: run it on that machine, as root, in a clone.
 
-    make gpu                            all steps, into docs/results/gpu.md
-    python -m tests.gpu --steps ...     some of them; see --help
+    make gpu                            all steps, into docs/results/<card>-vllm-<version>.md; half an hour
+    make gpu STEPS=deploy,unit          some of them, each of which adds to that page; none takes more than ten minutes
+    python -m tests.gpu --help          what else can be chosen
 
 It runs site.yml on the machine itself with inventories of its own: vLLM and the gateway are installed and stay (uninstall them as any). The
 roles base, firewall and ssh_hardening only take part with --harden. The model has the shape of one with 8 billion parameters and random
@@ -11,8 +12,11 @@ weights, so nothing large is downloaded. Each step adds to results.json in the d
     unit        systemd-analyze security, and a program that tries what the sandbox has to refuse
     recover     kill -9 of the engine: GPU memory is free again, and systemd brings it back
     throughput  vllm bench serve, in turns: a bare process, the hardened unit, the unit through the gateway
+    proof       what the role does when a start would fail: FlashInfer's sampler on a host without a compiler is refused, and the instance serves on
     rate        requests that arrive at the rate at which 128 run at a time, against the targets that people bring
     starts      cold (no caches), warm, and a new release that inherits the caches
+    parallel    tensor-parallel-size 2, where there are two GPUs
+    toolkit     with a CUDA toolkit, where --cuda-home names one: a kernel is compiled, and the instance restarted with it
 """
 
 from __future__ import annotations
@@ -49,7 +53,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 VOCABULARY = 128256
 # Streams at a time, and requests for each run: at least four for each stream, and some seconds long.
-POINTS = {1: 12, 64: 320, 256: 1024}
+POINTS = {1: 8, 64: 256, 256: 1024}
 RATE_SECONDS = 60
 INPUT, OUTPUT = 512, 128
 
@@ -84,21 +88,29 @@ class Steps:
         self.results[step] = result
         self.file.write_text(json.dumps(self.results, indent=1) + "\n")
 
-    def playbook(self, *arguments: str) -> tuple[str, float]:
-        """Run site.yml; return its output and how long it took."""
-        small = self.options.shape == "tiny"
-        variables = {
+    def variables(self, gpus: int = 1, environment: dict[str, str] | None = None) -> dict[str, Any]:
+        """What the inventory takes from here: an instance on so many GPUs, and environment variables of it."""
+        on_cpu = self.options.device == "cpu"
+        return {
             "gpu_directory": str(self.directory),
-            "gpu_gpus": [] if self.options.device == "cpu" else [0],
+            "gpu_gpus": [] if on_cpu else list(range(gpus)),
             "gpu_options": {
                 "load-format": "dummy",
-                "max-model-len": 1024 if small else 8192,
-                **({"enforce-eager": True} if self.options.device == "cpu" else {"gpu-memory-utilization": 0.42}),
+                "max-model-len": 1024 if self.options.shape == "tiny" else 8192,
+                **({"enforce-eager": True} if on_cpu else {"gpu-memory-utilization": 0.42}),
+                **({"tensor-parallel-size": gpus} if gpus > 1 else {}),
             },
-            "gpu_environment": {"VLLM_CPU_KVCACHE_SPACE": 1} if self.options.device == "cpu" else {},
+            "gpu_environment": {**({"VLLM_CPU_KVCACHE_SPACE": 1} if on_cpu else {}), **(environment or {})},
             "vllm_device": self.options.device,
+            "vllm_start_proof": "refuse",
             "fleet_skip_roles": [] if self.options.harden else ["base", "firewall", "ssh_hardening"],
         }
+
+    def playbook(
+        self, *arguments: str, variables: dict[str, Any] | None = None, refused: bool = False
+    ) -> tuple[str, float]:
+        """Run site.yml; return its output and how long it took. It has to succeed, or to be refused."""
+        variables = variables or self.variables()
         command = ["ansible-playbook", "site.yml", "-i", "tests/gpu/inventory", "-e", json.dumps(variables)]
         command += ["-e", f"@{self.options.vars}"] if self.options.vars else []
         begun = time.monotonic()
@@ -108,7 +120,9 @@ class Steps:
             "LC_ALL": "C.UTF-8",
         }
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        output = run(*command, *arguments, cwd=ROOT, env=environment)
+        output = run(*command, *arguments, check=not refused, cwd=ROOT, env=environment)
+        if refused and not re.search(r"failed=[1-9]", output):
+            raise GpuTestError(f"this should have been refused:\n{output[-4000:]}")
         with (self.directory / "site.log").open("a") as log:
             log.write(output)
         return output, time.monotonic() - begun
@@ -137,6 +151,8 @@ class Steps:
                 "vllm": release.name.rpartition("-")[0],
                 "decision": re.findall(r"decision: (.+?)(?= - [a-z]+:|[\"']|TASK|$)", " ".join(output.split()))[:1],
                 "startup": host.startup_seconds(),
+                "kv_cache_tokens": host.kv_cache_tokens(),
+                "compilers": host.compilers(),
                 "os": re.findall(r'PRETTY_NAME="(.*)"', Path("/etc/os-release").read_text())[0],
                 "systemd": run("systemctl", "--version").split()[1],
                 "nginx": run("nginx", "-v").strip(),
@@ -241,6 +257,92 @@ class Steps:
             },
         )
 
+    def change(self, *arguments: str, variables: dict[str, Any]) -> dict[str, float]:
+        """Change the instance by the role, and say what that took: the proof of the start, the start, and the whole run."""
+        before = set(host.PROOFS.glob("*.json"))
+        _output, seconds = self.playbook("--tags", "preflight,uv,vllm", *arguments, variables=variables)
+        until("the unit answers", lambda: host.complete(host.STRAIGHT, self.internal_key), 60)
+        new = {
+            file.stem.partition("-")[0]: json.loads(file.read_text())
+            for file in set(host.PROOFS.glob("*.json")) - before
+        }
+        compiled = new.pop("compiler", {})
+        return {
+            "seconds": seconds,
+            "startup": host.startup_seconds(),
+            "kv_cache_tokens": host.kv_cache_tokens(),
+            **({"compiled": compiled["seconds"]} if compiled else {}),
+            **({"proof": max(entry["seconds"] for entry in new.values())} if new else {}),
+        }
+
+    def proof(self) -> None:
+        """A start that would fail is refused before anything stops, and one that does not is proved."""
+        until("the unit answers", lambda: host.complete(host.STRAIGHT, self.internal_key), 600)
+        before = host.show("MainPID")
+        asked, answered, done = 0, 0, threading.Event()
+
+        def client() -> None:
+            nonlocal asked, answered
+            while not done.wait(0.2):
+                asked += 1
+                answered += host.complete(host.STRAIGHT, self.internal_key)
+
+        thread = threading.Thread(target=client, daemon=True)
+        thread.start()
+        # On a GPU what killed every start of the release before the role kept it from compiling; a CPU has no such thing.
+        deadly = (
+            {"VLLM_USE_FLASHINFER_SAMPLER": "1"}
+            if self.options.device == "cuda"
+            else {"VLLM_LOGGING_LEVEL": "nonsense"}
+        )
+        try:
+            output, seconds = self.playbook(
+                "--tags", "preflight,uv,vllm", variables=self.variables(environment=deadly), refused=True
+            )
+        finally:
+            done.set()
+            thread.join()
+        reasons = re.findall(r"(?:FileNotFoundError|ValueError|RuntimeError)[^\n]*", output)
+        if "Nothing was stopped" not in output or host.show("MainPID") != before or asked != answered:
+            raise GpuTestError(f"{answered} of {asked} requests were answered during a refusal:\n{output[-4000:]}")
+        self.keep(
+            "proof", {"refused": seconds, "reason": reasons[0].replace("''", "'"), "asked": asked, "answered": answered}
+        )
+        # Harmless, and new: it is proved, and the instance restarted.
+        passed = self.change(variables=self.variables(environment={"GPU_TEST": "proof"}))
+        self.keep("proof", {**self.results["proof"], "passed": passed})
+
+    def each_point(self, name: str, seed: int) -> list[dict[str, Any]]:
+        """The throughput of the unit at each number of streams, once."""
+        plan = [
+            self.order("unit", seed + streams, requests, streams, "--max-concurrency", str(streams))
+            | {"streams": streams}
+            for streams, requests in POINTS.items()
+        ]
+        return [self.short(row) for row in self.bench(plan, name)]
+
+    def parallel(self) -> None:
+        """Two GPUs for one model."""
+        if len(host.smi("--query-gpu=index")) < 2:
+            say("  there are no two GPUs here")
+            return
+        found: dict[str, Any] = self.change(variables=self.variables(gpus=2))
+        self.keep("parallel", found)
+        self.keep("parallel", {**found, "throughput": self.each_point("parallel", 5000)})
+
+    def toolkit(self) -> None:
+        """An instance that compiles kernels by nvcc."""
+        if not self.options.cuda_home:
+            say("  no --cuda-home was given")
+            return
+        found: dict[str, Any] = self.change(
+            "-e", f"vllm_cuda_home={self.options.cuda_home}", variables=self.variables()
+        )
+        told = host.journal()
+        found["sampler"] = "Using FlashInfer for top-p & top-k sampling" in told
+        self.keep("toolkit", found)
+        self.keep("toolkit", {**found, "throughput": self.each_point("toolkit", 6000)})
+
     def starts(self) -> None:
         """Seconds of cold and warm starts, and of a new release."""
         found: dict[str, list[float]] = {"cold": [], "warm": [], "inherited": []}
@@ -269,7 +371,8 @@ class Steps:
             restart("warm")
             lock = self.directory / f"lock-{number}.txt"
             lock.write_text(self.lock_file().read_text() + f"# a release of its own: {secrets.token_hex(4)}\n")
-            self.playbook("--tags", "preflight,uv,vllm", "-e", f"vllm_lock_file={lock}")
+            made = self.change("-e", f"vllm_lock_file={lock}", variables=self.variables())
+            found.setdefault("proof", []).append(made["proof"])
             started("inherited")
         for _ in range(self.options.starts - 1):
             restart("cold", forget)
@@ -371,7 +474,7 @@ class Steps:
 
     def throughput(self) -> None:
         """Bare process, hardened unit, and the unit through the gateway, in turns."""
-        ways, plan, seed = ["bare", "unit", "gateway"], [], 1000
+        ways, plan, seed = self.options.ways.split(","), [], 1000
         for pair in range(self.options.pairs):
             for streams, requests in self.points().items():
                 for turn in range(len(ways)):
@@ -439,7 +542,15 @@ class Steps:
         }
 
 
-STEPS = ["deploy", "unit", "recover", "throughput", "rate", "starts"]
+STEPS = ["deploy", "unit", "recover", "throughput", "proof", "rate", "starts", "parallel", "toolkit"]
+
+
+def report_file(results: dict[str, Any]) -> Path:
+    """The page of these results: named by the card that gave them, and by the version of vLLM."""
+    deploy = results.get("deploy", {})
+    card = (deploy.get("gpus") or ["0, no GPU"])[0].split(",")[1].strip().removeprefix("NVIDIA ")
+    name = re.sub(r"[^a-z0-9.]+", "-", f"{card}-vllm-{deploy.get('vllm', 'unknown')}".lower())
+    return ROOT / f"docs/results/{name}.md"
 
 
 def main() -> int:
@@ -452,9 +563,11 @@ def main() -> int:
     parser.add_argument("--tokenizer", type=Path, help="a directory with a tokenizer (default: the demo's model)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu only to try the steps")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="8b")
+    parser.add_argument("--ways", default="bare,unit,gateway", help="what `throughput` measures (default: %(default)s)")
+    parser.add_argument("--cuda-home", default="", help="a CUDA toolkit, for the step `toolkit`")
     parser.add_argument("--pairs", type=int, default=3, help="how often each point of `throughput` is measured")
     parser.add_argument("--starts", type=int, default=2, help="how often `starts` goes round")
-    parser.add_argument("--report", type=Path, default=ROOT / "docs/results/gpu.md")
+    parser.add_argument("--report", type=Path, help="where the page goes (default: docs/results, by card and version)")
     options = parser.parse_args()
     wanted = options.steps.split(",")
     if unknown := set(wanted) - {*STEPS, "report"}:
@@ -471,8 +584,9 @@ def main() -> int:
     except GpuTestError as error:
         print(f"tests.gpu: {error}", file=sys.stderr)
         return 1
-    options.report.write_text(report.render(steps.results))
-    say(f"report: {options.report}")
+    page: Path = options.report or report_file(steps.results)
+    page.write_text(report.render(steps.results))
+    say(f"report: {page}")
     return 0
 
 

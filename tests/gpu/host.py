@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import ssl
 import subprocess
 import time
@@ -16,6 +17,7 @@ STRAIGHT = "http://127.0.0.1:8000"
 GATEWAY = "https://localhost:443"
 BARE_PORT = 8100
 CA = Path("/etc/ssl/vllm-fleet/ca.pem")
+PROOFS = Path("/opt/vllm/proofs")
 MODEL = "shape"
 
 
@@ -84,6 +86,29 @@ def startup_seconds() -> float:
         if moment > begun and "Application startup complete" in text:
             return (moment - begun) / 1e6
     raise GpuTestError("vLLM has not said that its startup is complete")
+
+
+def journal() -> str:
+    """What the unit has logged since its process was started."""
+    invocation = show("InvocationID")["InvocationID"]
+    return run("journalctl", f"_SYSTEMD_INVOCATION_ID={invocation}", "--output=cat", "--no-pager")
+
+
+def kv_cache_tokens() -> int:
+    """How many tokens the KV cache holds, by vLLM's own word; 0 when it says nothing."""
+    found = re.findall(r"GPU KV cache size: ([0-9,]+) tokens", journal())
+    return int(found[-1].replace(",", "")) if found else 0
+
+
+def compilers() -> list[str]:
+    """CUDA compilers and ninja that the host has: none, unless somebody installed them."""
+    places = [
+        *Path("/usr/local").glob("cuda*/bin/nvcc"),
+        Path("/usr/bin/nvcc"),
+        Path("/usr/bin/ninja"),
+        Path("/usr/local/bin/ninja"),
+    ]
+    return [str(path) for path in places if path.exists()]
 
 
 def processes() -> dict[int, str]:

@@ -32,6 +32,30 @@ def ratio(rows: Sequence[dict[str, Any]], streams: int, way: str, to: str) -> fl
     return statistics.median(throughputs(way)) / statistics.median(throughputs(to))
 
 
+def changed_text(found: dict[str, Any]) -> str:
+    """What a change of the instance took."""
+    said = [f"The role took {found['seconds']:.0f} s."]
+    if "compiled" in found:
+        said.append(f"A kernel was compiled in the sandbox of the unit in {found['compiled']:.1f} s.")
+    if "proof" in found:
+        said.append(f"The tiny model answered after {found['proof']:.0f} s.")
+    said.append(f"vLLM started in {found['startup']:.0f} s; KV cache: {found['kv_cache_tokens']:,} tokens.")
+    if "sampler" in found:
+        said.append(f"It {'took' if found['sampler'] else 'did not take'} FlashInfer's sampler.")
+    return " ".join(said)
+
+
+def throughput_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Throughput of the unit by number of streams, one run each."""
+    return "\n".join(
+        ["| streams | tokens/s | first token p50, ms | each token p50, ms |", "|---|---|---|---|"]
+        + [
+            f"| {row['streams']} | {row['output_throughput']:,.0f} | {row['median_ttft_ms']:.2f} | {row['median_tpot_ms']:.2f} |"
+            for row in rows
+        ]
+    )
+
+
 def render(results: dict[str, Any]) -> str:
     """The page."""
     deploy = results.get("deploy", {})
@@ -47,7 +71,8 @@ def render(results: dict[str, Any]) -> str:
             "## Deployment",
             f"site.yml from the bare machine to a completion through the gateway: {deploy['seconds']:.0f} s, of which vLLM started for "
             f"{deploy['startup']:.0f} s, without any cache. A second run changed nothing and took {deploy['seconds_again']:.0f} s. "
-            f"The driver: {(deploy['decision'] or ['nothing was to be decided'])[0]}.",
+            f"The driver: {(deploy['decision'] or ['nothing was to be decided'])[0]}. CUDA compilers on the host: "
+            f"{', '.join(deploy.get('compilers', [])) or 'none'}. KV cache: {deploy.get('kv_cache_tokens', 0):,} tokens.",
         ]
     if unit := results.get("unit"):
         names = {what: [path for path, how in unit["devices"] if how == what] for what in ("refused", "works")}
@@ -63,6 +88,20 @@ def render(results: dict[str, Any]) -> str:
             f"All its processes were gone after {recover['gone']:.1f} s, with {recover['mib_after_kill']:,} of {recover['mib_before']:,} MiB of GPU "
             f"memory in use then, and it served again after {recover['served_again']:.0f} s.",
         ]
+    if proof := results.get("proof"):
+        parts += [
+            "## The proof of a start",
+            f"The instance was to be restarted with what no start survives: `{proof['reason'].strip()}`. That was refused after {proof['refused']:.0f} s, "
+            f"and {proof['answered']} of the {proof['asked']} requests meanwhile were answered by what ran.",
+        ]
+        if passed := proof.get("passed"):
+            parts[-1] += (
+                f" With a harmless change the tiny model answered after {passed['proof']:.0f} s, and then the instance was restarted, which took "
+                f"{passed['startup']:.0f} s (warm)."
+            )
+    for name, title in (("parallel", "Two GPUs, tensor-parallel-size 2"), ("toolkit", "With a CUDA toolkit")):
+        if found := results.get(name):
+            parts += [f"## {title}", changed_text(found), throughput_table(found.get("throughput", []))]
     if starts := results.get("starts"):
         warm = statistics.median(starts["warm"])
         rows = [
@@ -95,6 +134,8 @@ def render(results: dict[str, Any]) -> str:
                 ("gateway", "unit, through the gateway"),
             ):
                 rows_of = [row for row in throughput if row["way"] == way and row["streams"] == number]
+                if not rows_of:
+                    continue
                 columns = [spread([row["output_throughput"] for row in rows_of])]
                 columns += [
                     spread([row[key] for row in rows_of], 2)
