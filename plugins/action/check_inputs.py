@@ -11,6 +11,9 @@ from typing import Any
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible_collections.gpufleet.llm.plugins.module_utils import inputs
+from ansible_collections.gpufleet.llm.plugins.plugin_utils.preload import preload
+
+preload()
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]

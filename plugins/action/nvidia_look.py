@@ -25,4 +25,6 @@ class ActionModule(QuickCalls):
                 apt = self.quick("apt_source", {"packages": names, "available": True}, task_vars or {})
                 result["findings"]["available"] = apt.get("available", {})
                 result["plan"] = decide(result["findings"], settings)
+            plan = result["plan"]
+            result["pending"] = plan["action"] in ("install", "upgrade") or plan["activate"] != ""
         return result

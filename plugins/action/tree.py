@@ -11,10 +11,11 @@ from typing import Any
 
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.module_utils.common.text.converters import to_bytes
-from ansible.plugins.action import ActionBase
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.template import generate_ansible_template_vars, trust_as_template
 from ansible_collections.gpufleet.llm.plugins.module_utils.tree import NAME, REQUIREMENT, Entry, TreeError, pack
 from ansible_collections.gpufleet.llm.plugins.module_utils.tree_seen import STATE_PATH, digest
+from ansible_collections.gpufleet.llm.plugins.plugin_utils.quick import QuickCalls
 
 IGNORED = ("*~", ".*.sw?", ".gitkeep")
 OWNED = {"owner": {"type": "str"}, "group": {"type": "str"}}
@@ -35,6 +36,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "source": {"type": "str"},
     "files": {"type": "list", "elements": "dict", "options": FILE, "default": []},
     "modes": {"type": "dict", "default": {}},
+    "when": {"type": "dict", "default": {}},
     "secrets": {"type": "list", "elements": "str", "default": []},
     "exclude": {"type": "list", "elements": "str", "default": []},
     "directories": {"type": "list", "elements": "dict", "options": DIRECTORY, "default": []},
@@ -48,7 +50,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-class ActionModule(ActionBase):  # type: ignore[misc]
+class ActionModule(QuickCalls):
     """See the module's documentation."""
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -57,7 +59,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         _, arguments = self.validate_argument_spec(ARGUMENTS)
         if not NAME.fullmatch(arguments["name"]):
             raise AnsibleActionFail(f"name: {arguments['name']!r} must be of lower case letters, digits, '_' and '-'")
-        for name in ("modes", "notify"):
+        for name in ("modes", "when", "notify"):
             # Ansible renders the values of a dictionary, but not its keys, which here are paths.
             arguments[name] = {self._templar.template(key): value for key, value in arguments[name].items()}
         passed = {name: arguments[name] for name in ("name", "state", "state_path", "requires", "validate")}
@@ -71,7 +73,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             if entries and self.seen(arguments, task_vars or {}) == digest(entries):
                 self.tell([])
                 return {**result, "changed": False, "paths": [], "unsettled": [], "handlers": [], "interrupted": ""}
-        result.update(self._execute_module("gpufleet.llm.tree", passed, task_vars=task_vars))
+        result.update(self.quick("tree", passed, task_vars or {}))
         self.tell(result.get("handlers", []))
         if result.get("changed") or result.get("failed"):
             self.forget(result, arguments, task_vars or {})
@@ -79,7 +81,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def seen(self, arguments: dict[str, Any], variables: dict[str, Any]) -> str:
         """What was there when the role host_support looked at the host in this very run; nothing is known otherwise."""
-        if "__host_support_facts" not in variables or arguments["state_path"] != STATE_PATH:
+        if "host_support_facts" not in variables or arguments["state_path"] != STATE_PATH:
             return ""
         facts = variables.get("ansible_facts", {}).get("gpufleet") or {}
         return str((facts.get("trees") or {}).get(arguments["name"], ""))
@@ -146,11 +148,13 @@ class Wanted:
         stated = self.arguments["files"]
         named = {self.find("template", entry["template"]) for entry in stated if entry["template"] is not None}
         mirrored = dict(self.mirrored(named))
-        for parameter in ("modes", "secrets"):
+        for parameter in ("modes", "when", "secrets"):
             for path in self.arguments[parameter]:
                 if path not in mirrored:
                     raise TreeError(f"{parameter}: {path} is not the path of a mirrored file")
         for path, file in mirrored.items():
+            if not boolean(self.arguments["when"].get(path, True)):
+                continue
             content = self.render(file, path) if file.suffix == ".j2" else self.read(file)
             mode = self.arguments["modes"].get(path, "0644")
             yield Entry(path, content=content, mode=mode, secret=path in self.arguments["secrets"], **self.owned)

@@ -13,7 +13,7 @@ def firewall_ruleset(hostvars: fleet.HostVars, host: str, settings: Mapping[str,
     """The file that nft loads."""
     try:
         return firewall.ruleset(hostvars, host, settings)
-    except (firewall.FirewallError, fleet.FleetError, ValueError) as error:
+    except (fleet.FleetError, ValueError) as error:
         raise AnsibleFilterError(str(error)) from None
 
 

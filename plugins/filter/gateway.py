@@ -1,61 +1,36 @@
-"""Filters of the roles gateway, tls_certificate and vllm. Each is described in the file that has its name."""
+"""Filters of the role gateway. Each is described in the file that has its name."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
 from ansible_collections.gpufleet.llm.plugins.module_utils import fleet
+from ansible_collections.gpufleet.llm.plugins.module_utils.inputs import as_int
 
 CLIENT_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 # Nginx compares the keys of a map without regard to case: only lower case makes two keys that differ really different.
 CLIENT_KEY = re.compile(r"[a-z0-9._-]{32,}")
-# When a client does not say otherwise, ten seconds' worth of its requests may come at once, at least five.
-BURST_SECONDS = 10
-BURST_LEAST = 5
 
 
 def gateway_backends(
     hostvars: fleet.HostVars, instance: str, hosts: Sequence[str], gateways: Sequence[str]
-) -> list[str]:
-    """Addresses of an instance's backends."""
+) -> list[dict[str, str]]:
+    """The backends of an instance, by id and endpoint."""
     try:
-        return fleet.backends(hostvars, instance, hosts, gateways)
+        found = fleet.backends(hostvars, instance, hosts, gateways)
     except fleet.FleetError as error:
         raise AnsibleFilterError(str(error)) from None
-
-
-def fleet_address(hostvars: fleet.HostVars, host: str) -> str:
-    """The address at which a host is reached by the others."""
-    try:
-        return fleet.fleet_address(hostvars, host)
-    except fleet.FleetError as error:
-        raise AnsibleFilterError(str(error)) from None
-
-
-def bind_address(hostvars: fleet.HostVars, host: str, gateways: Sequence[str]) -> str:
-    """The address that vLLM listens on."""
-    try:
-        return fleet.bind_address(hostvars, host, gateways)
-    except fleet.FleetError as error:
-        raise AnsibleFilterError(str(error)) from None
-
-
-def burst(client: Mapping[str, Any]) -> int:
-    """How many requests a client may send at once beyond its rate."""
-    if client.get("burst") is not None:
-        return int(client["burst"])
-    return max(BURST_LEAST, math.ceil(int(client["requests_per_minute"]) * BURST_SECONDS / 60))
+    return [{"id": backend.id, "endpoint": backend.endpoint} for backend in found]
 
 
 def gateway_rate_groups(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The distinct pairs of rate and burst, each with the names of its clients: Nginx wants one zone for each."""
     groups: dict[tuple[int, int], list[str]] = {}
-    for client in clients:
-        groups.setdefault((int(client["requests_per_minute"]), burst(client)), []).append(str(client["name"]))
+    for client in map(fleet.Client.of, clients):
+        groups.setdefault((client.requests_per_minute, client.burst), []).append(client.name)
     return [
         {"requests_per_minute": rate, "burst": most, "names": names} for (rate, most), names in sorted(groups.items())
     ]
@@ -64,8 +39,8 @@ def gateway_rate_groups(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, 
 def gateway_concurrency_groups(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The distinct concurrency limits, each with the names of its clients."""
     groups: dict[int, list[str]] = {}
-    for client in clients:
-        groups.setdefault(int(client["concurrent_requests"]), []).append(str(client["name"]))
+    for client in map(fleet.Client.of, clients):
+        groups.setdefault(client.concurrent_requests, []).append(client.name)
     return [{"concurrent_requests": most, "names": names} for most, names in sorted(groups.items())]
 
 
@@ -100,32 +75,6 @@ def gateway_client_problems(clients: Sequence[Mapping[str, Any]]) -> list[str]:
     return problems
 
 
-def as_int(value: Any) -> int | None:
-    """A number as Ansible would take it, or nothing."""
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def number_problems(numbers: Mapping[str, Any], least: int) -> list[str]:
-    """Variables whose number is below the least."""
-    return [
-        f"{name} is {value}; it must be at least {least}"
-        for name, value in numbers.items()
-        if (number := as_int(value)) is not None and number < least
-    ]
-
-
-def bind_address_problems(hostvars: fleet.HostVars, host: str, gateways: Sequence[str]) -> list[str]:
-    """Why it cannot be told where vLLM listens."""
-    try:
-        fleet.bind_address(hostvars, host, gateways)
-    except fleet.FleetError as error:
-        return [str(error)]
-    return []
-
-
 def gateway_route_problems(
     hostvars: fleet.HostVars,
     routes: Sequence[Mapping[str, Any]],
@@ -135,9 +84,9 @@ def gateway_route_problems(
 ) -> list[str]:
     """Routes that lead nowhere."""
     problems = []
-    known = sorted({str(entry.get("name")) for host in hosts for entry in hostvars[host].get("vllm_instances") or []})
+    known = sorted({str(entry.get("name")) for _host, entry in fleet.entries(hostvars, hosts)})
     for number, route in enumerate(routes):
-        instance = str(route.get("instance"))
+        instance = fleet.Route.of(route).instance
         try:
             found = fleet.backends(hostvars, instance, hosts, gateways)
         except fleet.FleetError as error:
@@ -151,36 +100,6 @@ def gateway_route_problems(
     return problems
 
 
-def host_name_problems(names: Sequence[str], variable: str) -> list[str]:
-    """What is wrong with a list of names that clients use for a server; `variable` is where they stand."""
-    problems = [
-        f"{variable} has {name!r}, which is neither a DNS name in lower case nor an IP address"
-        for name in names
-        if not fleet.is_dns_name(name) and not fleet.is_address(name)
-    ]
-    return problems + [
-        f"{variable} lists {name} twice; name it once"
-        for name in sorted({name for name in names if list(names).count(name) > 1})
-    ]
-
-
-def subject_alt_names(names: Sequence[str]) -> list[str]:
-    """Names as a certificate request wants them."""
-    return [f"IP:{name}" if fleet.is_address(name) else f"DNS:{name}" for name in names]
-
-
-def uncovered_names(names: Sequence[str], alternatives: Sequence[str]) -> list[str]:
-    """Those of the names that a certificate with these subject alternative names does not cover."""
-    covered = {
-        entry.partition(":")[2].lower() for entry in alternatives if entry.startswith(("DNS:", "IP:", "IP Address:"))
-    }
-    return [
-        name
-        for name in names
-        if name not in covered and (fleet.is_address(name) or f"*.{name.partition('.')[2]}" not in covered)
-    ]
-
-
 class FilterModule:
     """Makes the filters known to Ansible."""
 
@@ -190,16 +109,9 @@ class FilterModule:
             function.__name__: function
             for function in (
                 gateway_backends,
-                fleet_address,
-                bind_address,
                 gateway_rate_groups,
                 gateway_concurrency_groups,
                 gateway_client_problems,
                 gateway_route_problems,
-                bind_address_problems,
-                host_name_problems,
-                number_problems,
-                subject_alt_names,
-                uncovered_names,
             )
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ansible_collections.gpufleet.llm.plugins.module_utils import vllm, vllm_container, vllm_host
+from ansible_collections.gpufleet.llm.plugins.module_utils import vllm, vllm_container, vllm_fit, vllm_kernels
 
 
 def vllm_instance_problems(
@@ -24,7 +24,7 @@ def vllm_host_problems(
     generations: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], device: str, driver_due: bool = False
 ) -> list[str]:
     """Everything on the host that stands in the way of its instances, as far as its facts tell."""
-    return vllm_host.problems(generations, facts, device, driver_due)
+    return vllm_fit.problems(generations, facts, device, driver_due)
 
 
 def vllm_container_problems(generations: Sequence[Mapping[str, Any]], allow_tags: bool) -> list[str]:
@@ -37,9 +37,14 @@ def vllm_runs_in(instances: Sequence[Mapping[str, Any]], runtime: str, wanted: s
     return vllm.runs_in(instances, runtime, wanted)
 
 
-def vllm_generations(instances: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def vllm_wanted(instances: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the host needs for each instance."""
-    return [vllm.generation(instance, settings) for instance in instances]
+    return [vllm.wanted(instance, settings) for instance in instances]
+
+
+def vllm_kernel_environment(cuda_home: str, release_mount: str) -> dict[str, str]:
+    """Environment in which instances from a release find the CUDA toolkit in `cuda_home`, or do without when it is empty."""
+    return vllm_kernels.environment(cuda_home, release_mount)
 
 
 class FilterModule:
@@ -53,6 +58,7 @@ class FilterModule:
             vllm_host_problems,
             vllm_container_problems,
             vllm_runs_in,
-            vllm_generations,
+            vllm_wanted,
+            vllm_kernel_environment,
         )
         return {function.__name__: function for function in functions}

@@ -61,10 +61,6 @@ table inet vllm_fleet {{
 """
 
 
-class FirewallError(Exception):
-    """Something in the inventory that a person has to set right."""
-
-
 @dataclass(frozen=True)
 class Rule:
     """Networks that may reach ports."""
@@ -92,17 +88,9 @@ def instances(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) 
     gateways = settings["gateways"]
     if host not in settings["vllm_hosts"] or list(gateways) == [host]:
         return []
-    entries = hostvars[host].get("vllm_instances") or []
-    addresses = [fleet.fleet_address(hostvars, name) for name in gateways] if entries else []
-    rules = []
-    for entry in entries:
-        port = str(entry.get("port", ""))
-        if not is_ports(port) or "-" in port:
-            raise FirewallError(
-                f"{host}: the entry {entry.get('name')!r} of vllm_instances has no port between 1 and 65535"
-            )
-        rules.append(Rule(f"vLLM {entry.get('name')}", [port], addresses))
-    return rules
+    found = fleet.instances(hostvars, [host])
+    addresses = [fleet.fleet_address(hostvars, name) for name in gateways] if found else []
+    return [Rule(f"vLLM {instance.name}", [str(instance.port)], addresses) for instance in found]
 
 
 def models(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> list[Rule]:
@@ -304,7 +292,7 @@ def problems(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -
     if not found and all(isinstance(settings[name], list) for name in LISTS):
         try:
             rules(hostvars, host, settings)
-        except (FirewallError, fleet.FleetError) as error:
+        except fleet.FleetError as error:
             found.append(str(error))
         except (KeyError, TypeError):
             pass  # what is missing or of a wrong type is told by the argument spec

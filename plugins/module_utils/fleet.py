@@ -1,20 +1,99 @@
-"""Who reaches whom in the fleet, decided from the inventory alone: never from facts, so --limit changes nothing."""
+"""What the inventory says: hosts, instances, backends, routes and clients, and who reaches whom. The one place that reads `vllm_instances`,
+`gateway_routes` and `gateway_clients` of the hosts.
+
+Decided from the inventory alone, never from facts, so --limit changes nothing.
+"""
 
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 LOOPBACK = "127.0.0.1"
 DNS_NAME = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)(\.(?!-)[a-z0-9-]{1,63}(?<!-))*")
+
+# What a user without rights may listen on.
+PORTS = range(1024, 65536)
+# When a client does not say otherwise, ten seconds' worth of its requests may come at once, at least five.
+BURST_SECONDS = 10
+BURST_LEAST = 5
 
 HostVars = Mapping[str, Mapping[str, Any]]
 
 
 class FleetError(Exception):
     """Something in the inventory that a person has to set right; the message names the host and the variable."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One vLLM server of one host, as an entry of its `vllm_instances` asks for it."""
+
+    host: str
+    name: str
+    port: int
+    model: str = ""
+
+    @property
+    def id(self) -> str:
+        """How operators and state call it, such as `chat@gpu-1`."""
+        return f"{self.name}@{self.host}"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An instance as a gateway reaches it."""
+
+    instance: Instance
+    address: str
+
+    @property
+    def id(self) -> str:
+        """That of its instance."""
+        return self.instance.id
+
+    @property
+    def endpoint(self) -> str:
+        """`address:port`, IPv6 in brackets."""
+        return with_port(self.address, self.instance.port)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which instance answers for a model that clients name."""
+
+    model: str
+    instance: str
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Route:
+        """From an entry of `gateway_routes`."""
+        return cls(str(entry.get("model")), str(entry.get("instance")))
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who may ask a gateway, and how much. Its key is in no message and no repr."""
+
+    name: str
+    requests_per_minute: int
+    concurrent_requests: int
+    burst: int
+    key: str = field(default="", repr=False)
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Client:
+        """From an entry of `gateway_clients` without mistakes."""
+        rate = int(entry["requests_per_minute"])
+        burst = entry.get("burst")
+        if burst is None:
+            burst = max(BURST_LEAST, math.ceil(rate * BURST_SECONDS / 60))
+        concurrent = int(entry["concurrent_requests"])
+        return cls(str(entry["name"]), rate, concurrent, int(burst), str(entry.get("key", "")))
 
 
 def is_address(name: str) -> bool:
@@ -63,25 +142,37 @@ def bind_address(hostvars: HostVars, host: str, gateways: Sequence[str]) -> str:
     return LOOPBACK if list(gateways) == [host] else fleet_address(hostvars, host)
 
 
-def backends(hostvars: HostVars, instance: str, hosts: Sequence[str], gateways: Sequence[str]) -> list[str]:
-    """`address:port` of an instance on every host that has it, in the order of the inventory."""
-    found = []
+def port_problem(port: Any) -> str:
+    """What is wrong with the port of an instance; empty when it is fine."""
+    if isinstance(port, int) and not isinstance(port, bool) and port in PORTS:
+        return ""
+    return f"port is {port!r}; it must be a number from {PORTS[0]} to {PORTS[-1]}"
+
+
+def entries(hostvars: HostVars, hosts: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each host with each entry of its `vllm_instances`, in the order of the inventory, whatever is wrong with them."""
     for host in hosts:
         for entry in hostvars[host].get("vllm_instances") or []:
-            if entry.get("name") != instance:
-                continue
-            try:
-                port = int(entry["port"])
-            except (KeyError, TypeError, ValueError):
-                raise FleetError(
-                    f"{host}: the entry {instance!r} of vllm_instances has no port that is a number"
-                ) from None
-            if not 0 < port < 65536:
-                raise FleetError(
-                    f"{host}: the entry {instance!r} of vllm_instances has port {port}; it must be between 1 and 65535"
-                )
-            found.append(with_port(bind_address(hostvars, host, gateways), port))
-    if repeated := sorted({entry for entry in found if found.count(entry) > 1}):
+            yield host, entry
+
+
+def instances(hostvars: HostVars, hosts: Sequence[str], name: str | None = None) -> list[Instance]:
+    """The instances of these hosts, or those of one name."""
+    found = []
+    for host, entry in entries(hostvars, hosts):
+        if name is not None and entry.get("name") != name:
+            continue
+        if problem := port_problem(entry.get("port")):
+            raise FleetError(f"{host}: vllm_instances ({entry.get('name')}): {problem}")
+        found.append(Instance(host, str(entry.get("name")), int(entry["port"]), str(entry.get("model", ""))))
+    return found
+
+
+def backends(hostvars: HostVars, instance: str, hosts: Sequence[str], gateways: Sequence[str]) -> list[Backend]:
+    """The instances of one name on all hosts that have it, as gateways reach them, in the order of the inventory."""
+    found = [Backend(one, bind_address(hostvars, one.host, gateways)) for one in instances(hostvars, hosts, instance)]
+    endpoints = [backend.endpoint for backend in found]
+    if repeated := sorted({endpoint for endpoint in endpoints if endpoints.count(endpoint) > 1}):
         raise FleetError(
             f"instance {instance!r} would be reached twice at {', '.join(repeated)}: "
             "vllm_instances or fleet_address is repeated"

@@ -39,6 +39,25 @@ def _exactly(kind: type, value: Any) -> None:
         raise TypeError
 
 
+# What roles set for others; the arguments of each role say what it means.
+OUTPUTS = {
+    "host_support_facts",
+    "host_support_installed",
+    "nvidia_driver_changed",
+    "nvidia_driver_look",
+    "tls_certificate_present",
+    "vllm_activation",
+}
+
+
+def as_int(value: Any) -> int | None:
+    """A number as Ansible would take it, or nothing."""
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return None
+
+
 def similar(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """A hint at the name that was probably meant, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
@@ -48,7 +67,7 @@ def similar(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 def name_problems(role: str, spec: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """Variables that have a new name, or that look like a misspelt variable of the role."""
     problems = []
-    for name in sorted(set(names) - set(spec)):
+    for name in sorted(set(names) - set(spec) - OUTPUTS):
         if name in RENAMED_VARIABLES:
             problems.append(f"{name} is called {RENAMED_VARIABLES[name]} now; write that")
         elif name.startswith(f"{role}_") and (hint := similar(name, spec, SIMILAR)):

@@ -24,7 +24,6 @@ RSA_4096 = "/etc/ssh/ssh_host_rsa_4096_key"
 MODULI, LONG_MODULI = "/etc/ssh/moduli", "/etc/ssh/moduli_3072"
 # A prime of 3072 bits has 3071 in that column.
 MODULUS_BITS = 3071
-SHORTEST_RSA = 3072
 # Directive of sshd_config -> what `ssh -Q` calls its list.
 QUERIES = {
     "KexAlgorithms": "kex",

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ansible_collections.gpufleet.llm.plugins.module_utils import fleet, vllm_kernels
+
 INSTANCE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}", re.IGNORECASE)
 VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
@@ -228,8 +230,8 @@ def instance_problems(
             found.append("'model' must be the name of a model in the model store, not a path or a repository")
         port = instance.get("port")
         # what is missing or no number at all is told by the argument spec
-        if str(port).lstrip("-").isdigit() and not (isinstance(port, int) and 1024 <= port <= 65535):
-            found.append(f"'port' is {port!r}; it must be a number from 1024 to 65535")
+        if str(port).lstrip("-").isdigit() and (problem := fleet.port_problem(port)):
+            found.append(problem)
         found += gpu_problems(instance, device)
         found += option_problems(instance.get("options") or {}, table)
         found += adapter_problems(instance)
@@ -302,11 +304,12 @@ def render_environment(environment: Mapping[str, str]) -> str:
     return "".join(lines)
 
 
-def generation(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def wanted(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Turn an entry of `vllm_instances` into what the host needs: configuration, environment, and how to ask it (`gate`).
 
-    `settings` holds address, device, models_path, shutdown_timeout, environment (for all instances), runtime, image and container (the latter
-    two for instances in containers, see compose() of vllm_container).
+    `settings` holds address, device, models_path, shutdown_timeout, environment (for all instances), cuda_home, release_mount and gpus (for those
+    that run from a release, see vllm_kernels; the GPUs as host_facts tells them), runtime, image and container (the latter two for instances in
+    containers, see compose() of vllm_container).
     """
     name, model, address = instance["name"], instance["model"], settings["address"]
     runtime = runtime_of(instance, settings["runtime"])
@@ -329,7 +332,13 @@ def generation(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
         **options,
     }
     caches = {key: f"{CACHE_PATH}/{name}{path}" for key, path in CACHES.items()}
-    environment = {**caches, **settings["environment"], **(instance.get("environment") or {})}
+    kernels: dict[str, str] = {}
+    if settings["device"] == "cuda" and runtime == "systemd":  # an image brings its own compiler or kernels
+        kernels = vllm_kernels.environment(settings["cuda_home"], settings["release_mount"])
+        if not settings["cuda_home"]:
+            mine = [gpu for gpu in settings["gpus"] if gpu["index"] in (instance.get("gpus") or [])]
+            config |= vllm_kernels.options(options, [gpu["compute_capability"] for gpu in mine])
+    environment = {**caches, **kernels, **settings["environment"], **(instance.get("environment") or {})}
     if settings["device"] == "cuda":
         environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     if settings["device"] == "cuda" and runtime == "systemd":  # a container has no others
@@ -342,7 +351,7 @@ def generation(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
         environment.setdefault("TORCHDYNAMO_DISABLE", "1")
     host = f"[{address}]" if ":" in address else address
     pooling = options.get("runner") == "pooling" or options.get("convert") == "embed"
-    wanted = {
+    found = {
         "name": name,
         "gpus": instance.get("gpus") or [],
         "runtime": runtime,
@@ -357,10 +366,10 @@ def generation(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
         },
     }
     if runtime == "docker":
-        wanted["container"] = {
+        found["container"] = {
             **settings["container"],
             "image": instance.get("image") or settings["image"],
             "publish": f"{host}:{instance['port']}:{instance['port']}",
             "cache": f"{CACHE_PATH}/{name}",
         }
-    return wanted
+    return found

@@ -60,11 +60,13 @@ import base64
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read, write
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
-from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import IMAGE_ID, Engine
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import IMAGE_ID
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container_host import Engine
 
 # Where Docker looks for the credentials of a name without a registry.
 DOCKER_HUB = "https://index.docker.io/v1/"
@@ -137,16 +139,19 @@ class Fetcher:
     loaded = ""
 
 
+ARGUMENTS: dict[str, Any] = {
+    "images": {"type": "list", "elements": "str", "required": True},
+    "archive": {"type": "path"},
+    "username": {"type": "str", "default": ""},
+    "password": {"type": "str", "default": "", "no_log": True},
+    "record": {"type": "path", "default": "/etc/vllm/images"},
+}
+
+
 def main() -> None:
     """Fetch what is not there."""
     module = AnsibleModule(
-        argument_spec={
-            "images": {"type": "list", "elements": "str", "required": True},
-            "archive": {"type": "path"},
-            "username": {"type": "str", "default": ""},
-            "password": {"type": "str", "default": "", "no_log": True},
-            "record": {"type": "path", "default": "/etc/vllm/images"},
-        },
+        argument_spec=ARGUMENTS,
         supports_check_mode=True,
     )
     fetcher = Fetcher(module)

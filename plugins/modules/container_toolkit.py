@@ -97,7 +97,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils.apt_host import Apt
-from ansible_collections.gpufleet.llm.plugins.module_utils.container_toolkit import Toolkit, ToolkitError
+from ansible_collections.gpufleet.llm.plugins.module_utils.container_toolkit_host import Toolkit, ToolkitError
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 
 ARGUMENTS: dict[str, Any] = {

@@ -85,6 +85,10 @@ plan:
       description: What should not be forgotten.
       type: list
       elements: str
+pending:
+  description: Whether the host is going to have another driver in use than it has now.
+  returned: when O(settings) is given
+  type: bool
 findings:
   description: What was found.
   returned: always

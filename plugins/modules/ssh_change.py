@@ -90,7 +90,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils import ssh
 from ansible_collections.gpufleet.llm.plugins.module_utils.host import listeners
-from ansible_collections.gpufleet.llm.plugins.module_utils.ssh_guard import Guard, GuardError, command
+from ansible_collections.gpufleet.llm.plugins.module_utils.ssh_guard_host import Guard, GuardError, command
 
 # Seconds that sshd may take to listen again, and that are waited for a sign that it has read its files.
 LISTEN_SECONDS, READ_SECONDS = 15.0, 5.0

@@ -153,7 +153,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils import ssh
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
 from ansible_collections.gpufleet.llm.plugins.module_utils.host import listeners
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import Program
-from ansible_collections.gpufleet.llm.plugins.module_utils.ssh_guard import DIRECTORY
+from ansible_collections.gpufleet.llm.plugins.module_utils.ssh_guard_host import DIRECTORY
 
 SSHD = "/usr/sbin/sshd"
 RUN_DIRECTORY = Path("/run/sshd")

@@ -90,6 +90,11 @@ options:
       modules, variables in the keys are rendered.
     type: dict
     default: {}
+  when:
+    description: Which mirrored files are wanted under a condition. Path on the host to V(true) or V(false), which leaves it out. Variables in
+      the keys are rendered, as those of O(modes).
+    type: dict
+    default: {}
   secrets:
     description: Paths on the host of mirrored files whose content is never shown.
     type: list
@@ -254,25 +259,29 @@ interrupted:
 """
 
 from pathlib import Path
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils.tree import NAME, REQUIREMENT, Tree, TreeError, unpack
 from ansible_collections.gpufleet.llm.plugins.module_utils.tree_seen import STATE_PATH
 
+ARGUMENTS: dict[str, Any] = {
+    "name": {"type": "str", "required": True},
+    "state": {"type": "str", "choices": ["present", "settled", "absent"], "default": "present"},
+    "state_path": {"type": "path", "default": STATE_PATH},
+    "payload": {"type": "str", "no_log": True},
+    "requires": {"type": "list", "elements": "dict", "options": REQUIREMENT, "default": []},
+    "validate": {"type": "list", "elements": "str", "default": []},
+    "notify": {"type": "dict", "default": {}},
+}
+RULES: dict[str, Any] = {"required_if": [("state", "present", ["payload"])]}
+
 
 def main() -> None:
     """Do what the state asks for. The action plugin has made one `payload` of everything that says which files are wanted."""
     module = AnsibleModule(
-        argument_spec={
-            "name": {"type": "str", "required": True},
-            "state": {"type": "str", "choices": ["present", "settled", "absent"], "default": "present"},
-            "state_path": {"type": "path", "default": STATE_PATH},
-            "payload": {"type": "str", "no_log": True},
-            "requires": {"type": "list", "elements": "dict", "options": REQUIREMENT, "default": []},
-            "validate": {"type": "list", "elements": "str", "default": []},
-            "notify": {"type": "dict", "default": {}},
-        },
-        required_if=[("state", "present", ["payload"])],
+        argument_spec=ARGUMENTS,
+        **RULES,
         supports_check_mode=True,
     )
     parameters = module.params

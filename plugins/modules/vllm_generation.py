@@ -21,21 +21,24 @@ options:
       - V(prepared) writes the wanted generation of each instance where it differs from the current one, and restarts nothing.
       - V(activated) moves the link to the newest generation and restarts the instance. The container of one that runs in a container is made
         before anything stops; one that changes its runtime is stopped by the unit that started it.
+      - V(dropped) removes generations that were written and are not to be activated.
+      - V(stopped) stops the instances, after their running requests have ended; nothing else of them changes.
       - V(confirmed) marks the current generation as good and removes old generations, with their containers, and releases and images that no
         generation needs.
       - V(reverted) goes back to the last confirmed generation and restarts the instance, or stops it when there is none. An instance
-        whose current generation is confirmed keeps it; what is wrong is not its configuration, and systemd goes on trying.
+        whose current generation is confirmed keeps it. When it was stopped for what was to follow, it is started again; else what is wrong is not
+        its configuration, and systemd goes on trying.
       - V(absent) stops the instances and removes their generations.
       - V(exported) tells what would be in the generation of an instance in a container, for another machine, and changes nothing.
     type: str
-    choices: [prepared, activated, confirmed, reverted, absent, exported]
+    choices: [prepared, dropped, stopped, activated, confirmed, reverted, absent, exported]
     required: true
   config_path:
     description: Directory of the instances.
     type: path
     default: /etc/vllm
-  instances:
-    description: For V(prepared) and V(exported). All instances of the host, as the filter P(gpufleet.llm.vllm_generations#filter) gives them.
+  wanted:
+    description: For V(prepared) and V(exported). All instances of the host, as the filter P(gpufleet.llm.vllm_wanted#filter) gives them.
     type: list
     elements: dict
     default: []
@@ -97,7 +100,7 @@ obsolete:
   type: list
   elements: str
 outcomes:
-  description: Name of the instance to V(reverted), V(kept) or V(stopped).
+  description: Name of the instance to V(reverted), V(restarted), V(kept) or V(stopped).
   returned: when state is reverted
   type: dict
 exports:
@@ -119,27 +122,23 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils import generations, vllm_container
+from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_container
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read, write
-from ansible_collections.gpufleet.llm.plugins.module_utils.generations import CONFIRMED, UNITS, Instance
+from ansible_collections.gpufleet.llm.plugins.module_utils.generations_host import CONFIRMED, UNITS, Deployed
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import render_environment
-from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import (
-    COMPOSE,
-    FETCHED,
-    ContainerError,
-    Engine,
-)
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import COMPOSE
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container_host import FETCHED, ContainerError, Engine
 
 
 def prepared(module: AnsibleModule) -> dict[str, Any]:
     """Write what differs, and say which instances have to be switched."""
     pending, diffs, changed = [], [], False
-    inputs = generations.fingerprints(module.params["inputs"])
-    for wanted in module.params["instances"]:
-        instance = Instance(module, wanted["name"])
-        content = generations.wanted_content(wanted, inputs, module.params["release"])
-        if not generations.pending(instance, content):
+    inputs = generations_host.fingerprints(module.params["inputs"])
+    for wanted in module.params["wanted"]:
+        instance = Deployed(module, wanted["name"])
+        content = generations_host.wanted_content(wanted, inputs, module.params["release"])
+        if not generations_host.pending(instance, content):
             continue
         changed = True
         pending.append(instance.name)
@@ -160,8 +159,8 @@ def prepared(module: AnsibleModule) -> dict[str, Any]:
         # A run that died after writing left the very generation that is wanted.
         if not module.check_mode and instance.content(max(instance.numbers(), default=None)) != content:
             instance.write(content)
-    names = {wanted["name"] for wanted in module.params["instances"]}
-    gone = generations.obsolete(module.params["config_path"], names)
+    names = {wanted["name"] for wanted in module.params["wanted"]}
+    gone = generations_host.obsolete(module.params["config_path"], names)
     return {"changed": changed, "pending": pending, "obsolete": gone, "diff": diffs}
 
 
@@ -170,7 +169,7 @@ def exported(instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for wanted in instances:
         container, config = wanted["container"], wanted["config"]
-        user = generations.owner_of(container["user"])
+        user = generations_host.owner_of(container["user"])
         file = vllm_container.compose(wanted, config, user, "./internal_key", "./serve")
         found.append(
             {
@@ -179,7 +178,7 @@ def exported(instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "cache": container["cache"],
                 "models": vllm_container.weights(config, container["models_path"]),
                 "compose": vllm_container.exported(file, f"vllm-{wanted['name']}"),
-                "config": generations.render_config(config),
+                "config": generations_host.render_config(config),
                 "environment": render_environment(wanted["environment"]),
             }
         )
@@ -197,20 +196,22 @@ def container_unit(module: AnsibleModule) -> str:
     return read(module.params["container_unit"] or "/nonexistent")
 
 
-def activated(instance: Instance) -> None:
+def activated(instance: Deployed) -> None:
     """Switch an instance to its newest generation."""
     instance.switch(instance.numbers()[-1], container_unit(instance.module))
     instance.restart()
 
 
-def reverted(instance: Instance) -> str:
+def reverted(instance: Deployed) -> str:
     """Go back to what answered last, and say what that was."""
     failed = instance.current()
     good = instance.confirmed()
     if failed in good:
+        instance.drop_after(failed)
         if instance.stopped():  # for what was to follow, which did not come to that
             instance.switch(good[-1], container_unit(instance.module))
             instance.restart()
+            return "restarted"
         return "kept"
     if good:
         instance.switch(good[-1], container_unit(instance.module))
@@ -227,14 +228,14 @@ def reverted(instance: Instance) -> str:
 def unneeded_images(module: AnsibleModule) -> list[str]:
     """Remove images that were fetched for instances and that no generation needs. Returns those that are gone."""
     file = Path(module.params["config_path"]) / FETCHED
-    fetched, needed, engine = read(file).split(), generations.images(module), Engine(commands(module))
+    fetched, needed, engine = read(file).split(), generations_host.images(module), Engine(commands(module))
     gone = [image for image in fetched if image not in needed and engine.remove(image)]
     if gone:
         write(file, "".join(f"{image}\n" for image in fetched if image not in gone))
     return gone
 
 
-def confirmed(module: AnsibleModule, instances: list[Instance]) -> bool:
+def confirmed(module: AnsibleModule, instances: list[Deployed]) -> bool:
     """Mark what runs as good and remove what nothing needs."""
     changed = False
     for instance in instances:
@@ -255,7 +256,7 @@ def confirmed(module: AnsibleModule, instances: list[Instance]) -> bool:
     return changed
 
 
-def absent(instance: Instance) -> None:
+def absent(instance: Deployed) -> None:
     """Stop an instance and remove its generations."""
     instance.systemctl("disable", "--quiet")
     instance.stop()
@@ -268,7 +269,7 @@ def absent(instance: Instance) -> None:
         instance.module.run_command(["systemctl", "daemon-reload"])
 
 
-def activate(module: AnsibleModule, instances: list[Instance]) -> dict[str, Any]:
+def activate(module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
     """Switch instances to their newest generations."""
     # the unit may be new, in this run or in one that died
     module.run_command(["systemctl", "daemon-reload"], check_rc=True)
@@ -277,57 +278,81 @@ def activate(module: AnsibleModule, instances: list[Instance]) -> dict[str, Any]
     return {}
 
 
-def revert(_module: AnsibleModule, instances: list[Instance]) -> dict[str, Any]:
+def revert(_module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
     """Go back with instances, and say how to ask those that did."""
     outcomes = {instance.name: reverted(instance) for instance in instances}
-    back = [instance for instance in instances if outcomes[instance.name] == "reverted"]
+    back = [instance for instance in instances if outcomes[instance.name] in ("reverted", "restarted")]
     gates = [json.loads((instance.link / "gate.json").read_text()) for instance in back]
     return {"changed": any(outcome != "kept" for outcome in outcomes.values()), "outcomes": outcomes, "gates": gates}
 
 
-def confirm(module: AnsibleModule, instances: list[Instance]) -> dict[str, Any]:
+def drop(_module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
+    """Remove what was written after the current generations."""
+    for instance in instances:
+        instance.drop_after(instance.current())
+    return {}
+
+
+def stop(_module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
+    """Stop instances."""
+    for instance in instances:
+        instance.stop()
+    return {}
+
+
+def confirm(module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
     """Mark what instances run as good."""
     return {"changed": confirmed(module, instances)}
 
 
-def remove(_module: AnsibleModule, instances: list[Instance]) -> dict[str, Any]:
+def remove(_module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
     """Remove instances."""
     for instance in instances:
         absent(instance)
     return {}
 
 
-STATES = {"activated": activate, "confirmed": confirm, "reverted": revert, "absent": remove}
+STATES = {
+    "dropped": drop,
+    "stopped": stop,
+    "activated": activate,
+    "confirmed": confirm,
+    "reverted": revert,
+    "absent": remove,
+}
+
+ARGUMENTS: dict[str, Any] = {
+    "state": {
+        "type": "str",
+        "choices": ["prepared", "exported", *STATES],
+        "required": True,
+    },
+    "config_path": {"type": "path", "default": "/etc/vllm"},
+    "wanted": {"type": "list", "elements": "dict", "default": []},
+    "names": {"type": "list", "elements": "str", "default": []},
+    "release": {"type": "path"},
+    "inputs": {"type": "dict", "default": {}},
+    "container_unit": {"type": "path"},
+    "releases_path": {"type": "path"},
+    "keep": {"type": "int", "default": 3},
+}
+RULES: dict[str, Any] = {"required_if": [("state", "prepared", ["release"])]}
 
 
 def main() -> None:
     """Do what the state asks for."""
     module = AnsibleModule(
-        argument_spec={
-            "state": {
-                "type": "str",
-                "choices": ["prepared", "exported", *STATES],
-                "required": True,
-            },
-            "config_path": {"type": "path", "default": "/etc/vllm"},
-            "instances": {"type": "list", "elements": "dict", "default": []},
-            "names": {"type": "list", "elements": "str", "default": []},
-            "release": {"type": "path"},
-            "inputs": {"type": "dict", "default": {}},
-            "container_unit": {"type": "path"},
-            "releases_path": {"type": "path"},
-            "keep": {"type": "int", "default": 3},
-        },
-        required_if=[("state", "prepared", ["release"])],
+        argument_spec=ARGUMENTS,
+        **RULES,
         supports_check_mode=True,
     )
     state = module.params["state"]
-    instances = [Instance(module, name) for name in module.params["names"]]
+    instances = [Deployed(module, name) for name in module.params["names"]]
     try:
         if state == "prepared":
             module.exit_json(**prepared(module))
         if state == "exported":
-            module.exit_json(changed=False, exports=exported(module.params["instances"]))
+            module.exit_json(changed=False, exports=exported(module.params["wanted"]))
         if module.check_mode or not (instances or state == "confirmed"):  # which also removes what nothing needs
             module.exit_json(changed=bool(instances))
         module.exit_json(**{"changed": True, **STATES[state](module, instances)})

@@ -13,8 +13,8 @@ description:
     disk space, and the instances that run; for instances in containers at the engine, their images, and ports that other containers publish.
   - Returns every problem at once and does not fail by itself.
 options:
-  instances:
-    description: Instances as the filter P(gpufleet.llm.vllm_generations#filter) gives them, with C(gpus) of the inventory.
+  wanted:
+    description: Instances as the filter P(gpufleet.llm.vllm_wanted#filter) gives them, with C(gpus) of the inventory.
     type: list
     elements: dict
     required: true
@@ -52,7 +52,9 @@ options:
     description: The unit of instances in containers, as M(gpufleet.llm.vllm_generation) takes it.
     type: path
   require_models:
-    description: Whether a model or an engine that is not there is a problem. In check mode, before the first instance runs, it never is.
+    description:
+      - Whether a model or an engine that is not there is a problem.
+      - In check mode a model never is, because the run would bring it, and an engine is not before the first instance runs.
     type: bool
     default: true
 attributes:
@@ -92,26 +94,27 @@ container_files:
   returned: always
   type: bool
 pending:
-  description: Instances that do not run a confirmed generation with the wanted content.
+  description: Instances that do not run a confirmed generation with the wanted content and that nobody holds.
   returned: always
   type: list
   elements: str
 obsolete:
-  description: Instances on the host that are not among the wanted ones.
+  description: Instances on the host that are not among the wanted ones and that nobody holds.
   returned: always
   type: list
   elements: str
 """
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils import generations, vllm_container, vllm_host
+from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_container_host, vllm_fit
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import option_problems
-from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_host import GB
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_fit import GB
 
 
 def weights_bytes(model: Path) -> int:
@@ -133,7 +136,7 @@ def missing_adapters(instances: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def published_problems(instances: list[dict[str, Any]], engine: vllm_container.Engine) -> list[str]:
+def published_problems(instances: list[dict[str, Any]], engine: vllm_container_host.Engine) -> list[str]:
     """Ports of instances that containers of others publish."""
     taken = engine.published()
     return [
@@ -159,7 +162,7 @@ def installed_option_problems(release: Path, instances: list[dict[str, Any]], mo
 
 
 ARGUMENTS: dict[str, Any] = {
-    "instances": {"type": "list", "elements": "dict", "required": True, "no_log": False},
+    "wanted": {"type": "list", "elements": "dict", "required": True, "no_log": False},
     "device": {"type": "str", "choices": ["cuda", "cpu"], "required": True},
     "release": {"type": "path", "required": True},
     "release_gb": {"type": "int", "required": True},
@@ -178,22 +181,22 @@ def main() -> None:
         argument_spec=ARGUMENTS,
         supports_check_mode=True,
     )
-    instances: list[dict[str, Any]] = module.params["instances"]
+    instances: list[dict[str, Any]] = module.params["wanted"]
     contained = [instance for instance in instances if "container" in instance]
     served = [instance for instance in instances if "container" not in instance]
     release = Path(module.params["release"])
     complete = (release / ".complete").is_file()
     problems: list[str] = []
-    # In check mode on a bare host the model store is not there yet, nor is an engine: that is no problem of the inventory's.
+    # In check mode on a bare host there is no engine yet, and on any host a model that is new in the inventory is still to come.
     bare = not Path(module.params["config_path"]).is_dir() if contained else not complete
     required = module.params["require_models"] and not (module.check_mode and bare)
-    engine = vllm_container.Engine(commands(module))
+    engine = vllm_container_host.Engine(commands(module))
     if contained and required:
         problems += engine.problems(with_gpus=any(instance["gpus"] for instance in contained))
     problems += published_problems(instances, engine)
     for instance in instances:
         model = Path(instance["config"]["model"])
-        if required and not (model / "config.json").is_file():
+        if required and not module.check_mode and not (model / "config.json").is_file():
             problems.append(
                 f"vllm_instances ({instance['name']}): the model {model.name!r} is not in {model.parent} (no {model}/config.json); "
                 "name it in model_store_models and run the role model_store first"
@@ -201,9 +204,9 @@ def main() -> None:
     problems += missing_adapters(instances) if required else []
     weights = {entry["name"]: weights_bytes(Path(entry["config"]["model"]).resolve()) / GB for entry in instances}
     if module.params["device"] == "cpu":
-        problems += vllm_host.memory_problems(instances, module.params["memory_bytes"], weights)
+        problems += vllm_fit.memory_problems(instances, module.params["memory_bytes"], weights)
     else:
-        problems += vllm_host.weights_problems(instances, module.params["gpus"], weights)
+        problems += vllm_fit.weights_problems(instances, module.params["gpus"], weights)
     if complete:
         problems += installed_option_problems(release, served, module)
     elif served:
@@ -214,15 +217,20 @@ def main() -> None:
                 f"{parent} has {free_gb:.1f} GB free, but building a release takes {module.params['release_gb']} GB; "
                 "make room or set vllm_releases_path"
             )
-    inputs = generations.fingerprints(module.params["inputs"])
-    pending = [
-        entry["name"]
-        for entry in instances
-        if generations.pending(
-            generations.Instance(module, entry["name"]), generations.wanted_content(entry, inputs, str(release))
-        )
-    ]
-    obsolete = generations.obsolete(module.params["config_path"], {entry["name"] for entry in instances})
+    inputs = generations_host.fingerprints(module.params["inputs"])
+    pending = []
+    for entry in instances:
+        deployed = generations_host.Deployed(module, entry["name"])
+        if not generations_host.differs(deployed, generations_host.wanted_content(entry, inputs, str(release))):
+            continue
+        if held := deployed.held():
+            module.warn(
+                f"vLLM instance {deployed.name} on {os.uname().nodename} differs from the inventory and stays as it is, because it is held: {held}. "
+                f"Without {deployed.path / generations_host.HELD} the next run changes it."
+            )
+        else:
+            pending.append(deployed.name)
+    obsolete = generations_host.obsolete(module.params["config_path"], {entry["name"] for entry in instances})
     images = dict.fromkeys(instance["container"]["image"] for instance in contained)
     module.exit_json(
         changed=False,

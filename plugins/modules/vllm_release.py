@@ -73,6 +73,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -140,19 +141,22 @@ def cache_directory(module: AnsibleModule, uv: str) -> Path:
     return directory
 
 
+ARGUMENTS: dict[str, Any] = {
+    "path": {"type": "path", "required": True},
+    "version": {"type": "str", "required": True},
+    "lock": {"type": "path", "required": True},
+    "options_script": {"type": "path", "required": True},
+    "uv": {"type": "path", "default": "/usr/local/bin/uv"},
+    "python": {"type": "str", "default": ">=3.11,<3.15"},
+    "torch_backend": {"type": "str", "default": ""},
+    "system_site_packages": {"type": "bool", "default": False},
+}
+
+
 def main() -> None:
     """Build the release unless it is there."""
     module = AnsibleModule(
-        argument_spec={
-            "path": {"type": "path", "required": True},
-            "version": {"type": "str", "required": True},
-            "lock": {"type": "path", "required": True},
-            "options_script": {"type": "path", "required": True},
-            "uv": {"type": "path", "default": "/usr/local/bin/uv"},
-            "python": {"type": "str", "default": ">=3.11,<3.15"},
-            "torch_backend": {"type": "str", "default": ""},
-            "system_site_packages": {"type": "bool", "default": False},
-        },
+        argument_spec=ARGUMENTS,
         supports_check_mode=True,
     )
     release = Path(module.params["path"])

@@ -7,7 +7,7 @@ It has to say something sensible on any Python, so it is written for very old on
 
 import sys
 
-OLDEST = (3, 9)
+OLDEST = (3, 10)
 if sys.version_info[:2] < OLDEST:
     print('{"failed": true, "msg": "%s is Python %s, but these roles need %s or newer; set ansible_python_interpreter"}' % (  # noqa: UP031
         sys.executable, ".".join(map(str, sys.version_info[:2])), ".".join(map(str, OLDEST))))  # fmt: skip
@@ -53,15 +53,31 @@ class AnsibleModule:
         """Data from text."""
         return json.loads(text)
 
-    def run_command(self, command: list[str]) -> tuple[int, str, str]:
-        """Run a command. Returns its exit status, its output and its errors."""
+    def run_command(
+        self,
+        command: list[str],
+        check_rc: bool = False,
+        environ_update: "dict[str, str] | None" = None,
+        cwd: "str | None" = None,
+    ) -> tuple[int, str, str]:
+        """Run a command. Returns its exit status, its output and its errors; with `check_rc` a command that fails ends the module."""
         try:
             done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, check=False, encoding="utf-8", errors="replace"
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=False,
+                encoding="utf-8",
+                errors="replace",
+                env={**os.environ, **(environ_update or {})},
+                cwd=cwd,
             )
         except OSError as error:
             self.fail_json(rc=error.errno, msg=str(error), cmd=command)
             raise
+        if check_rc and done.returncode:
+            said = done.stderr.rstrip() or done.stdout.rstrip()
+            self.fail_json(rc=done.returncode, msg=said, cmd=command, stdout=done.stdout, stderr=done.stderr)
         return done.returncode, done.stdout, done.stderr
 
 

@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.gpufleet.llm.plugins.module_utils import vllm_container
+from ansible_collections.gpufleet.llm.plugins.module_utils import vllm_container, vllm_container_host
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read, write
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import render_environment
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import COMPOSE
 
 CONFIRMED = "confirmed"
+# In the directory of an instance: as long as it is there, the instance stays as it is.
+HELD = "held"
 FILES = ("config.yaml", "environment", "gate.json", "inputs")
 RUNTIME = Path("/run/vllm")
 UNITS = Path("/etc/systemd/system")
@@ -37,7 +39,7 @@ def render_config(config: dict[str, Any]) -> str:
     return "".join(lines)
 
 
-class Instance:
+class Deployed:
     """One instance on the host."""
 
     def __init__(self, module: Any, name: str) -> None:
@@ -46,7 +48,7 @@ class Instance:
         self.unit = f"vllm@{name}.service"
         self.path = Path(module.params["config_path"]) / name
         self.link = self.path / "current"
-        self.containers = vllm_container.Containers(commands(module), name, self.path)
+        self.containers = vllm_container_host.Containers(commands(module), name, self.path)
 
     def numbers(self) -> list[int]:
         """Numbers of the generations that are there, oldest first."""
@@ -63,6 +65,14 @@ class Instance:
         except (OSError, ValueError):
             return None
         return number if (self.path / str(number)).is_dir() else None
+
+    def held(self) -> str:
+        """Who wants the instance to stay as it is, since when and why, as an operator wrote it; empty when nobody does."""
+        try:
+            text = (self.path / HELD).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+        return " ".join(text.split()) or "nobody said why"
 
     def confirmed(self) -> list[int]:
         """Numbers of the generations that answered, oldest first."""
@@ -168,7 +178,7 @@ class Instance:
         """Stop the unit and wait for it. A container that runs on, because its engine did not answer, would answer in the place of what follows."""
         self.systemctl("stop")
         if read(UNITS / self.unit) and (left := self.containers.running()):
-            raise vllm_container.ContainerError(
+            raise vllm_container_host.ContainerError(
                 f"{self.unit} was stopped, but {', '.join(left)} runs; docker stop {' '.join(left)}"
             )
 
@@ -267,7 +277,14 @@ def wanted_content(wanted: dict[str, Any], inputs: Mapping[str, str], release: s
     return {**content, COMPOSE: json.dumps(file, indent=2) + "\n"}
 
 
-def pending(instance: Instance, content: dict[str, str]) -> bool:
+def pending(instance: Deployed, content: dict[str, str]) -> bool:
+    """Whether the instance is to be changed: nobody holds it, and it does not run a confirmed generation with this content, under a unit of its
+    runtime.
+    """
+    return not instance.held() and differs(instance, content)
+
+
+def differs(instance: Deployed, content: dict[str, str]) -> bool:
     """Whether the instance does not run a confirmed generation with this content, under a unit of its runtime."""
     current = instance.current()
     return (
@@ -282,11 +299,11 @@ def images(module: Any) -> set[str]:
     """Images that any generation of any instance names."""
     root = Path(module.params["config_path"])
     names = [entry.name for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
-    return {image for name in names for image in Instance(module, name).images()}
+    return {image for name in names for image in Deployed(module, name).images()}
 
 
 def obsolete(config_path: str, names: set[str]) -> list[str]:
-    """Instances that are there and not among the wanted ones."""
+    """Instances that are there, not among the wanted ones, and held by nobody."""
     root = Path(config_path)
     there = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
-    return [name for name in there if name not in names]
+    return [name for name in there if name not in names and not (root / name / HELD).exists()]
