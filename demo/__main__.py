@@ -8,7 +8,7 @@
 DEMO_HOSTS   number of inference hosts (default 1)
 DEMO_PORT    port on 127.0.0.1 where the endpoint is published (default 8443)
 DEMO_FLEET   name of the fleet (default demo); the end-to-end tests run one of their own
-DEMO_OS      operating system of the inference hosts (default debian12)
+DEMO_OS      operating system of the inference hosts (default debian12), or one for each, with commas between them
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 
 from tests.hosts import hosts
@@ -77,7 +78,8 @@ def secret(name: str) -> str:
 def start_hosts(count: int) -> dict[str, str]:
     """Start the hosts and write what SSH and the inventory need to know of them. Returns name -> address."""
     gateway, workers = f"{FLEET}-gateway", [f"{FLEET}-gpu{number}" for number in range(1, count + 1)]
-    wanted = {gateway: "debian12", **dict.fromkeys(workers, os.environ.get("DEMO_OS", "debian12"))}
+    systems = os.environ.get("DEMO_OS", "debian12").split(",")
+    wanted = {gateway: "debian12", **dict(zip(workers, cycle(systems), strict=False))}
     hosts.up(FLEET, wanted, [f"{gateway}:{PORT}:443"], DIRECTORY)
     addresses = {name: hosts.address(name) for name in wanted}
     fleet = {"gateway": {gateway: addresses[gateway]}, "vllm": {name: addresses[name] for name in workers}}

@@ -16,9 +16,9 @@ try:
 except FileNotFoundError:
     fleet = {"gateway": {"demo-gateway": "192.0.2.1"}, "vllm": {"demo-gpu1": "192.0.2.2"}}  # RFC 5737: leads nowhere
 inventory: dict[str, object] = {group: {"hosts": sorted(hosts)} for group, hosts in fleet.items()}
+hostvars = {name: {"ansible_host": address} for hosts in fleet.values() for name, address in hosts.items()}
 if (further := directory / "vars.json").exists():
-    inventory["vllm"] = {"hosts": sorted(fleet["vllm"]), "vars": json.loads(further.read_text())}
-inventory["_meta"] = {
-    "hostvars": {name: {"ansible_host": address} for hosts in fleet.values() for name, address in hosts.items()}
-}
+    for name in fleet["vllm"]:
+        hostvars[name] |= json.loads(further.read_text())  # of each host, so that they win over what the group has
+inventory["_meta"] = {"hostvars": hostvars}
 print(json.dumps(inventory))
