@@ -43,11 +43,11 @@ e2e: setup ## End to end: a fleet of test hosts, a real model, real requests
 	@$(RUN) e2e
 
 .PHONY: drills gpu
-drills: setup ## What takes long: Debian's real driver, built by DKMS (20 minutes), and the end-to-end list with containers (40 minutes)
+drills: setup ## What takes long: every test on every system (an hour), Debian's real driver, built by DKMS (20 minutes), the real vLLM in containers (an hour)
 	@.venv/bin/python -m pytest -s tests/drills
 
-gpu: setup ## On a machine with an NVIDIA GPU, as root: deploy there and measure (tests/gpu; 40 minutes)
-	@.venv/bin/python -m tests.gpu
+gpu: setup ## On a machine with an NVIDIA GPU, as root: deploy there, break it, measure (half an hour); STEPS=deploy,unit for a part
+	@.venv/bin/python -m tests.gpu $(if $(STEPS),--steps $(STEPS))
 
 ##@ Work on it
 .PHONY: setup build docs lock lock-controller clean

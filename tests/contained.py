@@ -10,10 +10,9 @@ from typing import Any
 from testinfra.host import Host
 
 from tests.roles import host_name, until
+from tests.served import KEY, MODEL
 
 ROLE = "vllm_docker"
-KEY = "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c4b5a69788796a5b4c3d2e1f0"
-MODEL = "smollm2-135m-instruct"
 
 
 @dataclass(frozen=True)

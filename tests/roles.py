@@ -14,6 +14,8 @@ from typing import TypeAlias
 import pytest
 from testinfra.host import Host
 
+from tests.playbooks import playbook
+
 ROOT = Path(__file__).resolve().parents[1]
 Hosts: TypeAlias = "Host | Sequence[Host]"
 
@@ -36,13 +38,14 @@ def role_command(host: Hosts, role: str, *options: str, **variables: object) -> 
 def environment(role: str) -> dict[str, str]:
     """The environment for role_command()."""
     # Molecule asks for colours, which would stand between the words that are looked for.
-    return {**os.environ, "MOLECULE_SCENARIO_NAME": role, "ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_NOCOLOR": "1"}
+    settings = {"MOLECULE_SCENARIO_NAME": role, "ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_NOCOLOR": "1"}
+    return {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), **settings}
 
 
 def apply_role(host: Hosts, role: str, *options: str, **variables: object) -> subprocess.CompletedProcess[str]:
     """Apply a role to the hosts under test in a run of its own."""
-    command = role_command(host, role, *options, **variables)
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False, env=environment(role))
+    _program, *arguments = role_command(host, role, *options, **variables)
+    return playbook(*arguments, environment=environment(role))
 
 
 def applied(host: Hosts, role: str, *options: str, **variables: object) -> str:

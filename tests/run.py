@@ -30,22 +30,23 @@ HOSTS = ROOT / "tests" / "hosts" / "hosts.py"
 LABEL = "gpufleet.fleet"
 STILL_RUNNING_EVERY = 120  # seconds
 WORKERS = 2
+FLEET_TESTS = "tests/e2e/test_fleet.py"  # a fleet of its own, and the longest of all
 # After e2e, which is the longest: the long ones first, so that the workers end at about the same time; and those which start engines
 # as e2e does late.
 LONGEST_FIRST = [
-    "molecule model_store",
-    "molecule tls_certificate",
-    "molecule vllm_docker",
-    "molecule vllm",
     "molecule nvidia_driver",
+    "molecule vllm",
+    "molecule model_store",
+    "e2e others",
     "molecule docker",
-    "molecule nvidia_container_toolkit",
     "molecule gateway",
+    "molecule tls_certificate",
+    "molecule nvidia_container_toolkit",
     "molecule uv",
 ]
 # These mostly wait, for timers, closed ports and new connections: one of them runs beside the others. After the last of them its
-# worker helps with the others.
-QUIET = ["molecule base", "molecule firewall", "molecule ssh_hardening"]
+# worker helps with the others. With a fourth one two cores were busy all the time, and three starts of the real vLLM took over ten minutes.
+QUIET = ["molecule vllm_docker", "molecule base", "molecule firewall", "molecule ssh_hardening"]
 TAIL = 60  # lines of a failing job's log
 COUNT = re.compile(r"(\d+) (passed|failed|error|errors)\b")
 FAILED = re.compile(r"^(?:FAILED|ERROR) \S.*$", re.MULTILINE)  # pytest's short summary
@@ -206,8 +207,9 @@ def last_line(log: Path) -> str:
 
 
 def scenarios() -> list[str]:
-    """The molecule scenarios: every directory of molecule/ but `shared`."""
-    return sorted(path.name for path in (ROOT / "molecule").iterdir() if path.is_dir() and path.name != "shared")
+    """The molecule scenarios: every directory of molecule/ but `shared` and what Python compiled."""
+    others = ("shared", "__pycache__")
+    return sorted(path.name for path in (ROOT / "molecule").iterdir() if path.is_dir() and path.name not in others)
 
 
 def test_functions(scenario: str) -> list[str]:
@@ -303,15 +305,18 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        scenario_jobs = molecule_jobs(wanted)
-        scenario_jobs.sort(key=lambda job: LONGEST_FIRST.index(job.name) if job.name in LONGEST_FIRST else 99)
+        later = molecule_jobs(wanted)
+        if e2e:
+            later.append(pytest_job("e2e others", "tests/e2e", f"--ignore={FLEET_TESTS}"))
+        later.sort(key=lambda job: LONGEST_FIRST.index(job.name) if job.name in LONGEST_FIRST else 99)
         jobs = [
-            *([pytest_job("e2e", "tests/e2e")] if e2e else []),
+            *([pytest_job("e2e", FLEET_TESTS)] if e2e else []),
             *(lint_jobs() if arguments.what in ("lint", "test") else []),
             *([pytest_job("unit", "tests/unit")] if arguments.what in ("unit", "test") else []),
-            *scenario_jobs,
+            *later,
         ]
-        runner.queue([job for job in jobs if job.name not in QUIET], quiet=[job for job in jobs if job.name in QUIET])
+        quiet = sorted((job for job in jobs if job.name in QUIET), key=lambda job: QUIET.index(job.name))
+        runner.queue([job for job in jobs if job.name not in QUIET], quiet=quiet)
     except KeyboardInterrupt:
         runner.say("interrupted")
         runner.stop()

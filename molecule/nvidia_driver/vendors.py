@@ -275,7 +275,13 @@ def nvidia(base: Path) -> None:
         "13.0.88-1",
         {"/usr/local/cuda-13.0/bin/nvcc": "#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n"},
     )
-    for name in ("cuda-cudart-dev-13-0", "cuda-cccl-13-0", "cuda-nvrtc-dev-13-0", "libcurand-dev-13-0"):
+    for name in (
+        "cuda-cudart-dev-13-0",
+        "cuda-cccl-13-0",
+        "cuda-nvrtc-dev-13-0",
+        "libcurand-dev-13-0",
+        "libcublas-dev-13-0",
+    ):
         made.add(name, "13.0.88-1")
     # The key is binary, and packages here are made of texts: its installer script writes it.
     keyring = "/usr/share/keyrings/cuda-archive-keyring.gpg"

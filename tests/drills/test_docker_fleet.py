@@ -12,20 +12,8 @@ What stands in is what stands in there, and for the image from a registry an arc
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.drills import passes
 
 
 def test_the_end_to_end_list_passes_with_containers() -> None:
-    """In a process of its own, whose output says how each test went."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--verbose", "tests/e2e/test_fleet.py"],
-        cwd=ROOT,
-        env={**os.environ, "E2E_RUNTIME": "docker"},
-        check=False,
-    )
-    assert done.returncode == 0
+    assert passes("-m", "pytest", "--verbose", "tests/e2e/test_fleet.py", E2E_RUNTIME="docker")

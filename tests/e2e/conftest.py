@@ -28,6 +28,7 @@ import openai
 import pytest
 
 from tests.hosts import hosts
+from tests.stand_in import wheel
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "e2e"
@@ -42,7 +43,8 @@ ENVIRONMENT = {
     "DEMO_PORT": "9443",
     "DEMO_HOSTS": str(len(WORKERS)),
     "DEMO_DIR": str(DIRECTORY),
-    "DEMO_OS": "debian13" if RUNTIME == "docker" else "debian12",
+    # One host is bare, and builds its release; the other one has it from the image that other scenarios start from, too.
+    "DEMO_OS": "debian13" if RUNTIME == "docker" else f"debian12,debian12{hosts.PREPARED}",
     "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}",
     "LC_ALL": "C.UTF-8",
     "ANSIBLE_FORCE_COLOR": "0",
@@ -275,22 +277,20 @@ def secret(name: str) -> str:
 
 
 def build_image() -> dict[str, str]:
-    """Make an archive of an image that runs vLLM, on a host of its own. Returns the variables that name both."""
-    host, archive = f"{NAME}-image", DIRECTORY / "image.tar"
-    hosts.up(host, {host: "debian12"})
-    try:
-        playbook("tests/e2e/image.yml", "-e", f"image_host={host}")
-        release = on(host, "dirname /opt/vllm/releases/*/.complete").strip()
-        # A third of it would be Triton, which vLLM does not use on a CPU.
-        tar = "tar -c -C / --one-file-system --exclude=./var/log --exclude='*/site-packages/triton*' ."
-        changes = f"--change 'ENV PATH={release}/bin:/usr/local/bin:/usr/bin:/bin' --change 'ENTRYPOINT [\"vllm\", \"serve\"]'"
-        made = program(
-            "bash", "-o", "pipefail", "-c", f"docker exec {host} {tar} | docker import {changes} -"
-        ).output.split()[-1]
-        hosts.docker("save", "--output", str(archive), made)
-        hosts.docker("image", "rm", made)
-    finally:
-        hosts.down(host)
+    """Make an archive of an image that runs vLLM, from the host image that has its release. Returns the variables that name both."""
+    archive = DIRECTORY / "image.tar"
+    image = hosts.image(f"debian12{hosts.PREPARED}")
+    release = hosts.docker("run", "--rm", image, "sh", "-c", "dirname /opt/vllm/releases/*/.complete").strip()
+    # A third of it would be Triton, which vLLM does not use on a CPU.
+    tar = "tar -c -C / --one-file-system --exclude=./var/log --exclude='*/site-packages/triton*' ."
+    changes = (
+        f"--change 'ENV PATH={release}/bin:/usr/local/bin:/usr/bin:/bin' --change 'ENTRYPOINT [\"vllm\", \"serve\"]'"
+    )
+    made = program(
+        "bash", "-o", "pipefail", "-c", f"docker run --rm --log-driver=none {image} {tar} | docker import {changes} -"
+    ).output.split()[-1]
+    hosts.docker("save", "--output", str(archive), made)
+    hosts.docker("image", "rm", made)
     # As the hosts' engine will call it. This machine's may count otherwise: with containerd's store an id is that of the manifest.
     with tarfile.open(archive) as file:
         manifest = file.extractfile("manifest.json")
@@ -333,6 +333,11 @@ def bare_hosts() -> Iterator[Sequence[str]]:
             remove()
 
 
+def command(worker: str, **settings: object) -> None:
+    """Command the stand-in for vLLM on a host, see tests/stand_in/vllm/stand_in/settings.py."""
+    on(worker, "cat >/var/cache/vllm/chat/stand_in.json", stdin=json.dumps(settings))
+
+
 @pytest.fixture(scope="session")
 def fleet(request: pytest.FixtureRequest) -> Fleet:
     """The fleet, serving."""
@@ -341,6 +346,25 @@ def fleet(request: pytest.FixtureRequest) -> Fleet:
     done = demo("up")
     FIGURES["demo up, from bare hosts"] = f"{done.seconds:.0f} s"
     return Fleet(json.loads((DIRECTORY / "access.json").read_text()), done, secret("internal_key"))
+
+
+@pytest.fixture(scope="session")
+def stand_in(fleet: Fleet) -> None:
+    """The fleet has the stand-in for vLLM as its release: what the tests break from here on is not vLLM, and it starts in a second.
+
+    The drill with containers goes on with the real one.
+    """
+    if RUNTIME == "docker":
+        return
+    made, lock = wheel.write(DIRECTORY / "stand-in")
+    for worker in WORKERS:
+        on(worker, "mkdir --parents /srv/stand-in")
+        hosts.docker("cp", str(made), f"{worker}:/srv/stand-in/{made.name}")
+    variables = {"vllm_lock_file": str(lock), "vllm_torch_backend": "", "uv_find_links": ["/srv/stand-in"]}
+    (DIRECTORY / "vars.json").write_text(json.dumps(variables))
+    done = playbook("site.yml")
+    FIGURES["site.yml, another release"] = f"{done.seconds:.0f} s"
+    assert {fleet.direct(worker) for worker in WORKERS} == {200}
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

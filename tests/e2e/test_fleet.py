@@ -1,12 +1,12 @@
 """From bare hosts to a service that survives what happens to services.
 
 What stands in for what: the hosts are systemd containers on one network of this machine, reached over real SSH by an
-unprivileged user with sudo. vLLM is its CPU build with a real small model; Nginx, TLS and the OpenAI client are what
-production has. A reboot is `docker restart`, which is closer to a power cut: nothing is told to stop. The kernel, GPUs,
-and a network that loses packets are not here.
+unprivileged user with sudo. vLLM is its CPU build with a real small model, and a stand-in where things are broken that are
+not vLLM (fixture stand_in); Nginx, TLS and the OpenAI client are what production has. A reboot is `docker restart`, which
+is closer to a power cut: nothing is told to stop. The kernel, GPUs, and a network that loses packets are not here.
 
-The tests run in this order. The first wants bare hosts; from `A configuration that vLLM refuses` on they break things,
-and each leaves a fleet that serves.
+The tests run in this order. The first wants bare hosts; from the limits on the stand-in serves; from `A configuration that
+vLLM refuses` on they break things, and each leaves a fleet that serves.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from tests.e2e.conftest import (
     WORKERS,
     Done,
     Fleet,
+    command,
     demo,
     on,
     playbook,
@@ -253,15 +254,10 @@ def test_from_outside_two_ports_of_the_gateway_are_open_and_nothing_else(fleet: 
     """Every port of every host, as a stranger in the same network sees it, and as the others of the fleet do."""
     stranger = f"{NAME}-stranger"
     hosts.up(NAME, {stranger: "debian12"})
-    seen = {
-        (source, target): scan(source, fleet.access["hosts"][target], range(1, 65536))
-        for source, target in [
-            (stranger, GATEWAY),
-            (stranger, WORKERS[0]),
-            (GATEWAY, WORKERS[0]),
-            (WORKERS[0], WORKERS[1]),
-        ]
-    }
+    pairs = [(stranger, GATEWAY), (stranger, WORKERS[0]), (GATEWAY, WORKERS[0]), (WORKERS[0], WORKERS[1])]
+    with ThreadPoolExecutor(len(pairs)) as pool:
+        found = pool.map(lambda pair: scan(pair[0], fleet.access["hosts"][pair[1]], range(1, 65536)), pairs)
+        seen = dict(zip(pairs, found, strict=True))
     hosts.docker("rm", "--force", "--volumes", stranger)
     assert {pair: found["open"] for pair, found in seen.items()} == {
         (stranger, GATEWAY): [80, 443],
@@ -363,7 +359,7 @@ def test_no_spelling_leads_past_the_gateway(fleet: Fleet, path: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def limited(fleet: Fleet) -> Done:
+def limited(fleet: Fleet, stand_in: None) -> Done:
     """Two more clients, added by one run while an answer streams: `busy` may ask seldom, `narrow` one thing at a time."""
     clients = [
         {"name": "demo", "key": fleet.key, "requests_per_minute": 600, "concurrent_requests": 32},
@@ -438,6 +434,7 @@ def test_a_client_that_was_removed_is_a_stranger(fleet: Fleet) -> None:
 # --- proof from the outside ---
 
 
+@pytest.mark.usefixtures("stand_in")
 def test_verify_alone_passes_and_names_what_is_wrong(fleet: Fleet) -> None:
     done = playbook("playbooks/verify.yml")
     FIGURES["verify.yml"] = f"{done.seconds:.0f} s"
@@ -453,6 +450,7 @@ def test_verify_alone_passes_and_names_what_is_wrong(fleet: Fleet) -> None:
 # --- what happens to services ---
 
 
+@pytest.mark.usefixtures("stand_in")
 def test_a_configuration_that_vllm_refuses_is_taken_back(fleet: Fleet) -> None:
     """It passes every check that Ansible can make, and fails in the engine. The other host goes on answering.
 
@@ -487,6 +485,7 @@ def test_a_configuration_that_vllm_refuses_is_taken_back(fleet: Fleet) -> None:
     assert watch.longest_gap() < 30, watch.told()
 
 
+@pytest.mark.usefixtures("stand_in")
 def test_a_killed_engine_ends_its_stream_and_comes_back(fleet: Fleet) -> None:
     """One stream on each host; the engine of one host is killed. Nobody does anything about it."""
     worker = WORKERS[0]
@@ -540,6 +539,7 @@ def test_a_killed_engine_ends_its_stream_and_comes_back(fleet: Fleet) -> None:
     assert len(watch.failures()) <= 10, watch.told()
 
 
+@pytest.mark.usefixtures("stand_in")
 def test_verify_fails_and_clients_are_told_when_nothing_serves(fleet: Fleet) -> None:
     for worker in WORKERS:
         on(worker, f"systemctl stop {UNIT}")
@@ -556,6 +556,7 @@ def test_verify_fails_and_clients_are_told_when_nothing_serves(fleet: Fleet) -> 
     FIGURES["systemctl start until the gateway serves"] = f"{took:.0f} s"
 
 
+@pytest.mark.usefixtures("stand_in")
 def test_hosts_come_back_from_a_reboot_by_themselves(fleet: Fleet) -> None:
     """An inference host whose service was stopped but never disabled, then the gateway. Ansible is not asked."""
     worker = WORKERS[0]
@@ -626,6 +627,35 @@ def test_two_operators_never_change_a_host_at_the_same_time(fleet: Fleet) -> Non
         assert on(host, f"ls {LEASE} 2>/dev/null || true") == ""
 
 
+@pytest.mark.usefixtures("stand_in")
+def test_hosts_that_serve_are_changed_one_after_the_other(fleet: Fleet) -> None:
+    """The second stops when the first has answered with its new options; a host that somebody holds stays as it is. Nothing drains yet, so
+    that a request may meet the 500 of a server that stops; the service is never away.
+    """
+    first, second = WORKERS
+    [instance] = yaml.safe_load((ROOT / "inventories/demo/group_vars/vllm/vllm.yml").read_text())["vllm_instances"]
+    other = {"vllm_instances": [{**instance, "options": {**instance["options"], "max-model-len": 768}}]}
+
+    def when(worker: str, moment: str) -> int:
+        return int(on(worker, f"systemctl show --property={moment}TimestampMonotonic --value vllm@chat"))
+
+    with Watch(fleet) as watch:
+        done = playbook("site.yml", "--tags", "vllm", variables=other)
+    assert done.output.count("PLAY [Change vLLM in batches where it serves]") == 2, done.output
+    assert when(second, "InactiveEnter") > when(first, "ExecMainStart") > when(first, "InactiveEnter")
+    assert set(watch.failures()) <= {"500", "502"}, watch.told()
+    assert watch.longest_gap() < 10, watch.told()
+    FIGURES["a client while both hosts get new options"] = watch.told()
+
+    on(first, "echo ann, since noon, compares two versions >/etc/vllm/chat/held")
+    held = playbook("site.yml", "--tags", "vllm")
+    assert "is held: ann, since noon, compares two versions." in " ".join(held.output.split())
+    assert {worker: held.recap()[worker]["changed"] > 0 for worker in WORKERS} == {first: False, second: True}
+    assert "max-model-len: 768" in on(first, "cat /etc/vllm/chat/current/config.yaml")
+    on(first, "rm /etc/vllm/chat/held")
+    assert playbook("site.yml", "--tags", "vllm").recap()[first]["changed"]
+
+
 DEATHS = {
     "the controller": "kill -9 of ansible-playbook",
     "both sides": "that, and of the modules that run on the host",
@@ -634,6 +664,7 @@ DEATHS = {
 }
 
 
+@pytest.mark.usefixtures("stand_in")
 def test_runs_that_die_while_vllm_changes_converge_on_the_next(fleet: Fleet) -> None:
     """Each run changes the options of an instance there or back, and dies of one of DEATHS at a random moment.
 
@@ -652,19 +683,22 @@ def test_runs_that_die_while_vllm_changes_converge_on_the_next(fleet: Fleet) -> 
             ]
         }
 
+    arguments = ("site.yml", "--limit", worker, "--tags", "vllm")
+    if RUNTIME != "docker":
+        command(worker, start_seconds=3)
+    length = playbook(*arguments, variables=wanted(0)).seconds
     chance = random.Random(20261121)
-    for number in range(rounds):
+    for number in range(1, rounds + 1):
         death = list(DEATHS)[number % len(DEATHS)]
-        command = playbook_command("site.yml", "--limit", worker, "--tags", "vllm", variables=wanted(number))
         with subprocess.Popen(
-            command,
+            playbook_command(*arguments, variables=wanted(number)),
             cwd=ROOT,
             env=ENVIRONMENT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         ) as run:
-            time.sleep(chance.uniform(5, 60 if rounds > 8 else 25))
+            time.sleep(chance.uniform(0.2, 1.2) * length)
             if death in ("the controller", "both sides"):
                 os.killpg(run.pid, signal.SIGKILL)
                 if death == "both sides":
@@ -696,6 +730,7 @@ def test_runs_that_die_while_vllm_changes_converge_on_the_next(fleet: Fleet) -> 
 # --- after all of that ---
 
 
+@pytest.mark.usefixtures("stand_in")
 def test_keys_are_nowhere_but_in_their_files(fleet: Fleet) -> None:
     """Looked for after everything that could have put one into a log: errors, refusals, crashes, diffs."""
     fleet.ask("GET", f"{MODELS}?api_key={fleet.key}", key=fleet.key)  # a client that does it wrong
@@ -725,6 +760,7 @@ def test_keys_are_nowhere_but_in_their_files(fleet: Fleet) -> None:
         assert key not in (DIRECTORY / "site.log").read_text(), f"the {name} key is in the controller's log"
 
 
+@pytest.mark.usefixtures("stand_in")
 def test_demo_down_removes_the_fleet_and_nothing_else(fleet: Fleet) -> None:
     bystander = f"{NAME}-bystander"
     hosts.up(bystander, {bystander: "debian12"})

@@ -9,7 +9,9 @@ container, network and image made here carries the label below, and only such ar
     hosts.py engine-stop            stops the Docker engine if this program started it
 
 OS is debian12, debian13 (images built here from the distribution's archive), ubuntu2204 or ubuntu2404 (need an image
-registry). The environment variable TEST_OS overrides every OS. Runs on the system's Python, needs nothing installed.
+registry); with `-vllm` behind it, the host has the release of the real vLLM from the start, which the roles build once for all such
+hosts (prepare.yml; needs the clone's .venv). The environment variable TEST_OS overrides every OS. Runs on the system's Python, needs
+nothing else installed.
 """
 
 from __future__ import annotations
@@ -39,8 +41,28 @@ ENGINE_PID = CACHE / "dockerd.pid"
 PACKAGES = [
     "systemd", "systemd-sysv", "dbus", "python3", "python3-apt", "openssh-server", "sudo", "iproute2", "ca-certificates", "curl",
 ]  # fmt: skip
+# What costs time and shows nothing in a container goes: disks and boots that systemd's generators look for at every daemon-reload (some
+# 8 % of all processor time of the tests), translated package descriptions, and waiting for the disk after each file of a package. Package lists
+# stay, as on a machine that was installed; where there are none, or they are too old, roles fetch them (molecule/host_support).
+TRIM = """
+set -e
+mkdir -p /etc/systemd/system-generators /etc/dpkg/dpkg.cfg.d /etc/apt/apt.conf.d
+for name in cryptsetup debug getty gpt-auto hibernate-resume integritysetup rc-local run system-update tpm2 veritysetup; do
+    ln -s /dev/null /etc/systemd/system-generators/systemd-$name-generator
+done
+echo force-unsafe-io >/etc/dpkg/dpkg.cfg.d/test-host
+echo 'Acquire::Languages "none";' >/etc/apt/apt.conf.d/99test-host
+apt-get clean
+apt-cache gencaches
+"""
 DEBIAN_SUITES = {"debian12": "bookworm", "debian13": "trixie"}
 UBUNTU_IMAGES = {"ubuntu2204": "ubuntu:22.04", "ubuntu2404": "ubuntu:24.04"}
+# What decides what a prepared image has: when one of these changes, it is made anew.
+PREPARED = "-vllm"
+PREPARED_FROM = (
+    "tests/hosts/prepare.yml", "plugins/modules/vllm_release.py", "roles/uv", "roles/vllm/defaults", "roles/vllm/files",
+    "roles/vllm/tasks/release.yml", "inventories/demo/group_vars",
+)  # fmt: skip
 # What a container needs to boot systemd without being privileged.
 RUN_OPTIONS = [
     "--cap-add=SYS_ADMIN", "--cap-add=NET_ADMIN", "--cap-add=SYS_PTRACE",
@@ -137,9 +159,40 @@ def engine_stop() -> None:
     ENGINE_PID.unlink()
 
 
+def prepared_image(os_name: str) -> str:
+    """Return the name of the image for an OS that has the release of vLLM, made by the roles on a host of its own when it is missing."""
+    bare = os_name.removesuffix(PREPARED)
+    recipe = hashlib.sha256(image(bare).encode())
+    for place in PREPARED_FROM:
+        for file in sorted(path for path in [ROOT / place, *(ROOT / place).rglob("*")] if path.is_file()):
+            recipe.update(file.read_bytes())
+    name = f"gpufleet-test/{os_name}:{recipe.hexdigest()[:8]}"
+    with locked(f"image-{os_name}"):
+        if run("docker", "image", "inspect", name, check=False).returncode == 0:
+            return name
+        print(f"building the {os_name} image ...", flush=True)
+        host = f"molecule-image-{os_name}"
+        down(host)  # what a run left that was killed here
+        try:
+            up(host, {host: bare})
+            run(
+                f"{ROOT}/.venv/bin/ansible-playbook", "tests/hosts/prepare.yml", "-i", "inventories/demo", "-e", f"prepared_host={host}",
+                cwd=ROOT, stdin=subprocess.DEVNULL,
+                env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "LC_ALL": "C.UTF-8", "DEMO_DIR": str(CACHE)},
+            )  # fmt: skip
+            docker("exec", host, "apt-get", "clean")
+            docker("stop", "--time", "2", host)
+            docker("commit", "--change", f"LABEL {LABEL}=image", host, name)
+        finally:
+            down(host)
+    return name
+
+
 def image(os_name: str) -> str:
     """Return the name of the image for an OS, built when it is missing or its recipe changed."""
-    recipe = hashlib.sha256(json.dumps([PACKAGES, DEBIAN_SUITES, UBUNTU_IMAGES]).encode()).hexdigest()[:8]
+    if os_name.endswith(PREPARED):
+        return prepared_image(os_name)
+    recipe = hashlib.sha256(json.dumps([PACKAGES, TRIM, DEBIAN_SUITES, UBUNTU_IMAGES]).encode()).hexdigest()[:8]
     name = f"gpufleet-test/{os_name}:{recipe}"
     with locked(f"image-{os_name}"):
         if run("docker", "image", "inspect", name, check=False).returncode == 0:
@@ -149,7 +202,8 @@ def image(os_name: str) -> str:
             print(f"building the {os_name} image ...", flush=True)
             tar = CACHE / f"{os_name}.tar"
             run(
-                "mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}",
+                "mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}", "--dpkgopt=force-unsafe-io", "--skip=cleanup/apt",
+                f'--customize-hook=chroot "$1" sh -c {shlex.quote(TRIM)}',
                 DEBIAN_SUITES[os_name], str(tar),
             )  # fmt: skip
             docker(
@@ -161,7 +215,7 @@ def image(os_name: str) -> str:
             dockerfile = (
                 f"FROM {UBUNTU_IMAGES[os_name]}\n"
                 "RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "
-                f'{" ".join(PACKAGES)}\nCMD ["/lib/systemd/systemd"]\nLABEL {LABEL}=image\n'
+                f'{" ".join(PACKAGES)}\nRUN ["/bin/sh", "-c", {json.dumps(TRIM)}]\nCMD ["/lib/systemd/systemd"]\nLABEL {LABEL}=image\n'
             )
             run("docker", "build", "--tag", name, "-", input=dockerfile)
         else:
@@ -299,7 +353,9 @@ def up(
             docker("network", "create", f"--label={LABEL}={fleet}", *options, f"gpufleet-{fleet}")
     for name, os_name in wanted.items():
         ports = [entry.split(":", 1)[1] for entry in publish if entry.startswith(f"{name}:")]
-        start(fleet, name, os.environ.get("TEST_OS") or os_name, ports, authorized_key)
+        if test_os := os.environ.get("TEST_OS"):
+            os_name = test_os + (PREPARED if os_name.endswith(PREPARED) else "")
+        start(fleet, name, os_name, ports, authorized_key)
     if ssh:
         ssh_files(ssh, list(wanted))
 

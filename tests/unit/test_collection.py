@@ -80,12 +80,18 @@ def test_its_playbooks_are_found_by_name(installed: Path) -> None:
     (installed / "hosts.yml").write_text(
         "vllm: {hosts: {gpu-1: {ansible_host: 192.0.2.1}}}\ngateway: {hosts: {gw-1: {ansible_host: 192.0.2.2}}}\n"
     )
-    for playbook in sorted((ROOT / "playbooks").glob("*.yml")):
-        done = run(
-            "ansible-playbook", f"gpufleet.llm.{playbook.stem}", "-i", "hosts.yml", "--syntax-check",
-            cwd=installed, ANSIBLE_COLLECTIONS_PATH="collections",
-        )  # fmt: skip
-        assert done.returncode == 0, f"{playbook.stem}: {done.stdout}{done.stderr}"
+    names = [f"gpufleet.llm.{playbook.stem}" for playbook in sorted((ROOT / "playbooks").glob("*.yml"))]
+    done = run(
+        "ansible-playbook",
+        *names,
+        "-i",
+        "hosts.yml",
+        "--syntax-check",
+        cwd=installed,
+        ANSIBLE_COLLECTIONS_PATH="collections",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [name for name in names if f"{name.rpartition('.')[2]}.yml" not in done.stdout] == []
 
 
 def test_its_roles_and_modules_are_found_by_name(installed: Path) -> None:

@@ -11,7 +11,7 @@ from ansible_collections.gpufleet.llm.plugins.filter.nvidia_container_toolkit im
     container_toolkit_plan,
     container_toolkit_problems,
 )
-from ansible_collections.gpufleet.llm.plugins.module_utils.container_toolkit import (
+from ansible_collections.gpufleet.llm.plugins.module_utils.container_toolkit_host import (
     REFRESH,
     Toolkit,
     ToolkitError,

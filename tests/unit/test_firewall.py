@@ -105,7 +105,7 @@ def test_the_table_as_a_whole() -> None:
 
 
 def test_a_name_cannot_break_out_of_its_comment() -> None:
-    hostvars = {**HOSTVARS, "gpu1": {**HOSTVARS["gpu1"], "vllm_instances": [{"name": 'x" accept\n#', "port": 1}]}}
+    hostvars = {**HOSTVARS, "gpu1": {**HOSTVARS["gpu1"], "vllm_instances": [{"name": 'x" accept\n#', "port": 1024}]}}
     assert 'comment "vLLM x_ accept__"' in firewall.ruleset(hostvars, "gpu1", DEFAULTS)
 
 
@@ -153,8 +153,8 @@ def test_each_mistake_is_told_with_what_would_be_right(settings: dict[str, Any],
 def test_an_instance_without_a_port() -> None:
     hostvars = {**HOSTVARS, "gpu1": {"vllm_instances": [{"name": "chat"}]}}
     (problem,) = firewall.problems(hostvars, "gpu1", DEFAULTS)
-    assert problem == "gpu1: the entry 'chat' of vllm_instances has no port between 1 and 65535"
-    with pytest.raises(AnsibleFilterError, match="gpu1: the entry 'chat'"):
+    assert problem == "gpu1: vllm_instances (chat): port is None; it must be a number from 1024 to 65535"
+    with pytest.raises(AnsibleFilterError, match=r"gpu1: vllm_instances \(chat\)"):
         filters.firewall_ruleset(hostvars, "gpu1", DEFAULTS)
 
 

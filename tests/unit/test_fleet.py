@@ -53,18 +53,34 @@ def test_loopback_only_when_the_only_gateway_is_the_host() -> None:
 def test_backends_are_the_hosts_that_have_the_instance() -> None:
     hostvars: dict[str, dict[str, Any]] = {
         "gpu1": {**CHAT, "fleet_address": "10.0.0.1"},
-        "gpu2": {"vllm_instances": [{"name": "other", "port": 8001}, {"name": "chat", "port": "8002"}], "ansible_host": "fd00::2"},
+        "gpu2": {"vllm_instances": [{"name": "other", "port": 8001}, {"name": "chat", "port": 8002}], "ansible_host": "fd00::2"},
         "gpu3": {"vllm_instances": [{"name": "other", "port": 8001}]},
         "gpu4": {},
     }  # fmt: skip
-    assert fleet.backends(hostvars, "chat", list(hostvars), ["lb1"]) == ["10.0.0.1:8000", "[fd00::2]:8002"]
+    found = fleet.backends(hostvars, "chat", list(hostvars), ["lb1"])
+    assert [(backend.id, backend.endpoint) for backend in found] == [
+        ("chat@gpu1", "10.0.0.1:8000"),
+        ("chat@gpu2", "[fd00::2]:8002"),
+    ]
     assert fleet.backends(hostvars, "nowhere", list(hostvars), ["lb1"]) == []
-    assert fleet.backends({"one": dict(CHAT)}, "chat", ["one"], ["one"]) == ["127.0.0.1:8000"]
+    [alone] = fleet.backends({"one": dict(CHAT)}, "chat", ["one"], ["one"])
+    assert alone.endpoint == "127.0.0.1:8000"
 
 
-@pytest.mark.parametrize("entry", [{"name": "chat"}, {"name": "chat", "port": "http"}, {"name": "chat", "port": 70000}])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"name": "chat"},
+        {"name": "chat", "port": "http"},
+        {"name": "chat", "port": 70000},
+        {"name": "chat", "port": "8000"},
+        {"name": "chat", "port": 80},
+    ],
+)
 def test_a_bad_port_is_named(entry: dict[str, Any]) -> None:
-    with pytest.raises(fleet.FleetError, match=r"^gpu1: the entry 'chat' of vllm_instances has .*port"):
+    with pytest.raises(
+        fleet.FleetError, match=r"^gpu1: vllm_instances \(chat\): port is .*; it must be a number from 1024 to 65535$"
+    ):
         fleet.backends({"gpu1": {"vllm_instances": [entry], "fleet_address": "10.0.0.1"}}, "chat", ["gpu1"], ["lb1"])
 
 
@@ -84,3 +100,10 @@ def test_dns_names(name: str) -> None:
 )
 def test_no_dns_names(name: str) -> None:
     assert not fleet.is_dns_name(name)
+
+
+def test_a_client_shows_its_key_to_nobody() -> None:
+    entry = {"name": "a", "requests_per_minute": 60, "concurrent_requests": 4, "key": "sesame" * 6}
+    client = fleet.Client.of(entry)
+    assert client == fleet.Client("a", 60, 4, 10, "sesame" * 6)
+    assert "sesame" not in repr(client)

@@ -17,6 +17,7 @@ import ansible
 import pytest
 import tomllib
 import yaml
+from ansible_collections.gpufleet.llm.plugins.module_utils.inputs import OUTPUTS
 
 from tests import run
 
@@ -89,6 +90,33 @@ def test_main_is_a_table_of_contents_with_the_stages_in_order(role: str) -> None
     assert included[-1] == "verify"
 
 
+@pytest.mark.parametrize("role", sorted(set(ROLES) - NOT_STAGED))
+def test_conditions_of_main_are_named(role: str) -> None:
+    """What they mean stands in vars/main.yml, under "What there is to do"."""
+    defined = load(ROOT / "roles" / role / "vars/main.yml")
+    for task in load(ROOT / "roles" / role / "tasks/main.yml"):
+        stage = str(task.get("ansible.builtin.include_tasks") or task.get("ansible.builtin.import_tasks"))
+        wanted = f"__{role}_{stage.removesuffix('.yml')}_due"
+        assert task.get("when", wanted) == wanted
+        assert "when" not in task or wanted in defined
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_role_uses_no_inner_variable_of_another(role: str) -> None:
+    others = sorted(set(ROLES) - {role}, key=len, reverse=True)
+    foreign = re.compile(rf"\b__({'|'.join(others)})_\w+")
+    own = f"__{role}_"
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in role_files(
+            role, "tasks/**/*.yml", "vars/*.yml", "defaults/*.yml", "handlers/*.yml", "templates/**/*.j2"
+        )
+        for match in foreign.finditer(path.read_text())
+        if not match[0].startswith(own)
+    ]
+    assert found == []
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_task_files_are_short(role: str) -> None:
     sizes = {path.name: len(path.read_text().splitlines()) for path in role_files(role, "tasks/**/*.yml")}
@@ -106,6 +134,22 @@ def test_task_names_say_which_file_they_are_in(role: str) -> None:
             if not good and not (set(task) & {"block"} and "name" not in task):
                 wrong.append(f"{path.name}: {name!r}")
     assert wrong == []
+
+
+def test_task_names_say_what_they_are_about() -> None:
+    """In a log a name stands alone: `They are installed` says nothing there."""
+    pronoun = re.compile(r"(It|Its|They|Them|Their|This|That|These|Those|One|Both|Some(thing|body)|Who|Why)\b")
+    files = [path for role in ROLES for path in role_files(role, "tasks/**/*.yml", "handlers/*.yml")]
+    files += sorted((ROOT / "playbooks").glob("*.yml"))
+    found = []
+    for path in files:
+        listed = load(path) or []
+        for task in tasks(
+            [task for play in listed for task in play.get("tasks", [])] if "playbooks" in path.parts else listed
+        ):
+            if pronoun.match(str(task.get("name", "")).rpartition(" | ")[2]):
+                found.append(f"{path.relative_to(ROOT)}: {task['name']}")
+    assert found == []
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -156,7 +200,7 @@ def test_public_names_begin_with_the_role_and_internal_ones_with_underscores(rol
     defaults = set(load(ROOT / "roles" / role / "defaults" / "main.yml") or {})
     assert {name for name in defaults - shared if not name.startswith(f"{role}_")} == set()
     internal = {name for path in role_files(role, "vars/*.yml") for name in load(path) or {}}
-    assert {name for name in internal if not name.startswith(f"__{role}_")} == set()
+    assert {name for name in internal - OUTPUTS if not name.startswith(f"__{role}_")} == set()
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -195,14 +239,61 @@ def test_role_has_a_scenario(role: str) -> None:
 
 
 def test_playbooks_name_roles_by_fqcn_with_a_tag_of_their_name() -> None:
-    wrong = []
+    seen, wrong = set(), []
     for path in sorted((ROOT / "playbooks").glob("*.yml")):
-        for play in load(path):
-            for role in play.get("roles", []):
-                namespace, collection, name = role["role"].split(".")
-                if (namespace, collection) != ("gpufleet", "llm") or name not in role.get("tags", []):
-                    wrong.append(f"{path.name}: {role}")
+        for task, tags in ((task, play.get("tags", [])) for play in load(path) for task in play.get("tasks", [])):
+            role = task.get("ansible.builtin.import_role") or task.get("ansible.builtin.include_role") or {}
+            if "apply" in role:
+                assert role["apply"] == {"tags": task["tags"]}, "else its tasks have no tag"
+            elif "ansible.builtin.import_role" not in task:
+                continue
+            namespace, collection, name = role["name"].split(".")
+            seen.add(name)
+            if (namespace, collection) != ("gpufleet", "llm") or task.get("tags", tags) != [name]:
+                wrong.append(f"{path.name}: {task['name']}")
     assert wrong == []
+    assert seen == set(ROLES) - {"host_support"}, (
+        "every role has its place in a playbook; host_support is called by the others"
+    )
+
+
+def test_one_table_says_which_host_gets_which_role() -> None:
+    """The plays have its roles in its order, each under its condition; where all hosts of a play get a role, that goes without saying."""
+    table = list(load(ROOT / "playbooks/vars/roles.yml")["fleet_roles"])
+    assert sorted(table) == sorted(set(ROLES) - {"host_support"})
+    played = []
+    for name in ("provision", "serve", "gateway"):
+        for play in load(ROOT / f"playbooks/{name}.yml"):
+            for task in play["tasks"]:
+                [role] = task.get("tags", play.get("tags"))
+                played.append(role)
+                assert task.get("when", f"fleet_roles.{role}") == f"fleet_roles.{role}"
+    assert list(dict.fromkeys(played)) == table
+
+
+def test_every_variable_that_a_playbook_reads_is_described() -> None:
+    """What a play sets itself, or registers, is its own."""
+    described = set(load(ROOT / "meta" / "fleet_specs.yml")["options"]) | OUTPUTS
+    for role in ROLES:
+        described |= set(
+            load(ROOT / "roles" / role / "meta" / "argument_specs.yml")["argument_specs"]["main"].get("options", {})
+        )
+    own, read = set(), set()
+    for path in [*sorted((ROOT / "playbooks").glob("*.yml")), *sorted((ROOT / "playbooks" / "vars").glob("*.yml"))]:
+        text = path.read_text()
+        own |= set(re.findall(r"^\s*([a-z_]+):", text, re.MULTILINE)) | set(re.findall(r"register: (\w+)", text))
+        read |= set(
+            re.findall(
+                r"\b((?:fleet|verify|vllm|gateway|model_store|tls_certificate|cuda_toolkit|compose)_[a-z_]+)\b(?!\.| ?\()",
+                text,
+            )
+        )
+    read -= set(ROLES) | {path.stem for path in (ROOT / "plugins" / "filter").glob("*.py")}
+    filters = set(
+        re.findall(r"gpufleet\.llm\.(\w+)", "".join(path.read_text() for path in (ROOT / "playbooks").rglob("*.yml")))
+    )
+    assert read - own - described - filters == set()
+    assert {"fleet_skip_roles", "verify_client", "compose_path"} <= read, "the look at the playbooks sees nothing"
 
 
 @pytest.mark.parametrize("inventory", ["demo", "prod"])

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.playbooks import playbook, results, tell
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def proved(directory: Path, *options: str, timeout: int = 2, **variables: Any) -> dict[str, Any]:
     """The result of the task."""
-    here = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
-    copy = {"content": "{{ result | to_json }}", "dest": f"{directory}/result.json"}
     tasks = [
         {"gpufleet.llm.fresh_connection": {"timeout": timeout}, "register": "result", "ignore_errors": True},
-        {"ansible.builtin.copy": copy, "check_mode": False, "vars": here},
+        tell("result"),
     ]
     (directory / "play.yml").write_text(json.dumps([{"hosts": "all", "gather_facts": False, "tasks": tasks}]))
     (directory / "hosts.yml").write_text(json.dumps({"all": {"hosts": {"host1": variables}}}))
-    command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(directory / "hosts.yml"), *options]
-    done = subprocess.run(
-        [*command, str(directory / "play.yml")], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")},
-    )  # fmt: skip
+    done = playbook("-i", directory / "hosts.yml", *options, directory / "play.yml")
     assert done.returncode == 0, done.stdout + done.stderr
-    result: dict[str, Any] = json.loads((directory / "result.json").read_text())
-    return result
+    [result] = results(done.stdout)
+    return dict(result)
 
 
 def test_what_does_not_go_over_the_network_gets_in(tmp_path: Path) -> None:

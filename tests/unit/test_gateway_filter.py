@@ -13,10 +13,16 @@ import pytest
 import yaml
 from ansible.errors import AnsibleFilterError
 from ansible.plugins.filter.core import FilterModule as CoreFilters
-from ansible_collections.gpufleet.llm.plugins.filter import gateway
+from ansible_collections.gpufleet.llm.plugins.filter import checks, gateway
+from ansible_collections.gpufleet.llm.plugins.filter import fleet as fleet_filters
+from ansible_collections.gpufleet.llm.plugins.module_utils import fleet
 
 ROLE = Path(__file__).resolve().parents[2] / "roles" / "gateway"
-FILTERS = gateway.FilterModule().filters()
+FILTERS = {
+    name: filter
+    for module in (gateway, checks, fleet_filters)
+    for name, filter in module.FilterModule().filters().items()
+}
 KEYS = [character * 32 for character in "abcdef"]
 
 
@@ -37,8 +43,8 @@ def test_mistakes_in_the_inventory_are_errors_that_name_the_host() -> None:
     hostvars = {"gpu1": {"vllm_instances": [{"name": "chat", "port": 8000}]}}
     for call in (
         lambda: gateway.gateway_backends(hostvars, "chat", ["gpu1"], ["lb1"]),
-        lambda: gateway.bind_address(hostvars, "gpu1", ["lb1"]),
-        lambda: gateway.fleet_address(hostvars, "gpu1"),
+        lambda: fleet_filters.bind_address(hostvars, "gpu1", ["lb1"]),
+        lambda: fleet_filters.fleet_address(hostvars, "gpu1"),
     ):
         with pytest.raises(AnsibleFilterError, match="gpu1: ansible_host is not set"):
             call()
@@ -59,7 +65,7 @@ def test_clients_with_the_same_limit_share_a_zone() -> None:
 
 @pytest.mark.parametrize(("rate", "burst"), [(1, 5), (30, 5), (60, 10), (601, 101)])
 def test_the_burst_that_a_client_has_without_saying(rate: int, burst: int) -> None:
-    assert gateway.burst(client("a", rate)) == burst
+    assert fleet.Client.of(client("a", rate)).burst == burst
 
 
 @pytest.mark.parametrize(
@@ -90,15 +96,15 @@ def test_good_clients_have_no_problems() -> None:
 
 
 def test_names_of_servers() -> None:
-    assert gateway.host_name_problems(["llm.example.com", "192.0.2.1", "2001:db8::1"], "names") == []
-    assert len(gateway.host_name_problems(["LLM", "a b", "a", "a"], "names")) == 3
-    assert gateway.subject_alt_names(["a.b", "192.0.2.1"]) == ["DNS:a.b", "IP:192.0.2.1"]
+    assert checks.host_name_problems(["llm.example.com", "192.0.2.1", "2001:db8::1"], "names") == []
+    assert len(checks.host_name_problems(["LLM", "a b", "a", "a"], "names")) == 3
+    assert checks.subject_alt_names(["a.b", "192.0.2.1"]) == ["DNS:a.b", "IP:192.0.2.1"]
 
 
 def test_names_that_a_certificate_covers() -> None:
     alternatives = ["DNS:a.test", "DNS:*.b.test", "IP:192.0.2.1", "IP Address:192.0.2.2"]
-    assert gateway.uncovered_names(["a.test", "x.b.test", "192.0.2.1", "192.0.2.2"], alternatives) == []
-    assert gateway.uncovered_names(["b.test", "y.x.b.test", "192.0.2.3"], alternatives) == [
+    assert checks.uncovered_names(["a.test", "x.b.test", "192.0.2.1", "192.0.2.2"], alternatives) == []
+    assert checks.uncovered_names(["b.test", "y.x.b.test", "192.0.2.3"], alternatives) == [
         "b.test",
         "y.x.b.test",
         "192.0.2.3",
@@ -117,7 +123,10 @@ def render(template: str = "etc/nginx/nginx.conf.j2", release: str = "Debian-13"
         "__gateway_tls_groups": (["?X25519MLKEM768"] if can["mlkem"] else []) + ["X25519", "prime256v1", "secp384r1"],
         "__gateway_methods": internals["__gateway_methods"],
         "__gateway_errors": internals["__gateway_errors"],
-        "__gateway_backends": ["10.0.0.1:8000", "[fd00::2]:8000"],
+        "__gateway_backends": [
+            {"id": "chat@a", "endpoint": "10.0.0.1:8000"},
+            {"id": "chat@b", "endpoint": "[fd00::2]:8000"},
+        ],
         "__gateway_keys_file": "/etc/nginx/keys/0123456789abcdef.conf",
         "__gateway_generation": "0123456789ab",
         "gateway_server_names": ["llm.example.com", "2001:db8::1"],

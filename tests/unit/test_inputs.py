@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible_collections.gpufleet.llm.plugins.module_utils import inputs
+
+from tests.playbooks import playbook
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC: dict[str, Any] = {
@@ -110,14 +111,13 @@ def play(directory: Path, collect: bool = False, **variables: object) -> subproc
     tasks = [task, task, last]
     book = [{"hosts": "localhost", "gather_facts": False, "vars": {"check_inputs_collect": collect}, "tasks": tasks}]
     (directory / "play.yml").write_text(json.dumps(book))
-    return subprocess.run(
-        [Path(sys.executable).parent / "ansible-playbook", "play.yml", "-i", "localhost,", "-e", json.dumps(variables)],
-        cwd=directory, text=True, capture_output=True, check=False,
-        env={
-            **os.environ, "ANSIBLE_COLLECTIONS_PATH": str(ROOT / ".collections"), "ANSIBLE_NOCOLOR": "1",
-            "ANSIBLE_CALLBACK_RESULT_FORMAT": "yaml", "ANSIBLE_INJECT_FACT_VARS": "0",
-        },
-    )  # fmt: skip
+    environment = {
+        **os.environ, "ANSIBLE_COLLECTIONS_PATH": str(ROOT / ".collections"), "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_CALLBACK_RESULT_FORMAT": "yaml", "ANSIBLE_INJECT_FACT_VARS": "0",
+    }  # fmt: skip
+    return playbook(
+        "play.yml", "-i", "localhost,", "-e", json.dumps(variables), directory=directory, environment=environment
+    )
 
 
 def test_all_is_well(role: Path) -> None:

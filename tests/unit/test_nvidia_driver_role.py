@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.nvidia import Machine
+from tests.playbooks import playbook
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLE = ROOT / "roles/nvidia_driver"
@@ -33,23 +34,20 @@ def turns(path: Path, fails: int = 0) -> list[str]:
         script = f"echo '{name} {{{{ inventory_hostname }}}}' >> {path}/log"
         if name == "verify":
             script += f"; test $(grep -c verify {path}/log) != {fails}"
-        (path / f"{name}.yml").write_text(yaml.safe_dump([{"ansible.builtin.shell": script}]))
+        (path / f"{name}.yml").write_text(yaml.safe_dump([{"ansible.builtin.raw": script}]))
     shutil.copy(ROLE / "tasks/turn.yml", path)
     (loop,) = [task for task in load("tasks/install.yml") if task.get("ansible.builtin.include_tasks") == "turn.yml"]
     variables = {
         "ansible_connection": "local",
         "ansible_python_interpreter": sys.executable,
-        "__nvidia_driver_look": {"plan": {"action": "upgrade", "activate": "reboot", "services": ["x"]}},
+        "nvidia_driver_look": {"plan": {"action": "upgrade", "activate": "reboot", "services": ["x"]}},
         "__nvidia_driver_extras_due": True,
         "nvidia_driver_drain_tasks": f"{path}/drain.yml",
         "nvidia_driver_undrain_tasks": f"{path}/undrain.yml",
     }
     play = {"hosts": "all", "gather_facts": False, "vars": variables, "tasks": [loop]}
     (path / "play.yml").write_text(yaml.safe_dump([play]))
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "a,b,c", str(path / "play.yml")],
-        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "LC_ALL": "C.UTF-8"},
-    )  # fmt: skip
+    done = playbook("-i", "a,b,c", path / "play.yml")
     assert bool(done.returncode) == bool(fails), done.stdout + done.stderr
     return (path / "log").read_text().split("\n")[:-1]
 
@@ -147,7 +145,7 @@ def checked(path: Path, machine: str, tasks_from: str = "main", **variables: Any
         "hosts": "all",
         "gather_facts": False,
         "vars": {
-            "ansible_connection": "local", "ansible_python_interpreter": sys.executable, "__host_support_facts": {"changed": False},
+            "ansible_connection": "local", "ansible_python_interpreter": sys.executable, "host_support_facts": {"changed": False},
             "__nvidia_driver_test_root": f"{path}/machine", "__nvidia_driver_test_hardware": f"{path}/machine", **variables,
         },
         "tasks": [
@@ -155,12 +153,9 @@ def checked(path: Path, machine: str, tasks_from: str = "main", **variables: Any
             {"ansible.builtin.include_role": {"name": "gpufleet.llm.nvidia_driver", "tasks_from": tasks_from}},
         ],
     }  # fmt: skip
-    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "LC_ALL": "C.UTF-8"}
     (path / "play.yml").write_text(yaml.safe_dump([play]))
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "here,", str(path / "play.yml"), "--check", "--diff"],
-        cwd=ROOT, capture_output=True, text=True, check=False, env={**environment, "PATH": f"{shown}:{os.environ['PATH']}"},
-    )  # fmt: skip
+    variables = {"PATH": f"{shown}:{os.environ['PATH']}"}
+    done = playbook("-i", "here,", path / "play.yml", "--check", "--diff", variables=variables)
     # Ansible shows texts as YAML, with line breaks and doubled quotes of its own.
     return done.returncode, " ".join((done.stdout + done.stderr).split()).replace("''", "'")
 

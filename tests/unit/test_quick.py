@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import json
 import os
 import subprocess
 import sys
@@ -16,8 +15,14 @@ import pytest
 import yaml
 from ansible_collections.gpufleet.llm.plugins.plugin_utils import quick
 
+from tests.playbooks import playbook, results, tell
+
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = sorted(path.stem for path in (ROOT / "plugins/action").glob("*.py") if "plugin_utils.quick" in path.read_text())
+QUICK = sorted(
+    path.stem
+    for path in (ROOT / "plugins/action").glob("*.py")
+    if "plugin_utils.quick" in path.read_text() and path.stem != "quick"
+)
 SECRET = "s3cret-s3cret-s3cret-s3cret-s3cret"
 
 
@@ -41,13 +46,11 @@ class Play:
 
     def run(self, *tasks: Task, options: tuple[str, ...] = (), ordinary: bool = False) -> list[dict[str, Any]]:
         """The results of the tasks. What was printed about each is in `told`."""
-        listed: list[dict[str, Any]] = []
-        for number, (name, arguments, keywords) in enumerate(tasks):
-            listed += [
-                {f"gpufleet.llm.{name}": arguments, "register": "result", "ignore_errors": True, **keywords},
-                {"ansible.builtin.copy": {"content": "{{ result | to_json }}", "dest": str(self.path / f"{number}.json")},
-                 "check_mode": False, "diff": False, "no_log": True},
-            ]  # fmt: skip
+        listed: list[dict[str, Any]] = [
+            {f"gpufleet.llm.{name}": arguments, "register": f"result_{number}", "ignore_errors": True, **keywords}
+            for number, (name, arguments, keywords) in enumerate(tasks)
+        ]
+        listed.append(tell(*(f"result_{number}" for number in range(len(tasks)))))
         variables = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
         play = [{"hosts": "all", "gather_facts": False, "vars": variables, "tasks": listed}]
         (self.path / "play.yml").write_text(yaml.safe_dump(play, sort_keys=False))
@@ -57,14 +60,11 @@ class Play:
             "ANSIBLE_PIPELINING": str(not ordinary),
             "ANSIBLE_DISPLAY_SKIPPED_HOSTS": "1",  # else the name of a task comes after what is told about it
         }
-        done = subprocess.run(
-            [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "here,", str(self.path / "play.yml"), *options],
-            env=environment,
-            cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        done = playbook("-i", "here,", self.path / "play.yml", *options, environment=environment)
         assert done.returncode == 0, done.stdout + done.stderr
-        self.told = (done.stdout + done.stderr).split("TASK [gpufleet")[1:]
-        return [json.loads((self.path / f"{number}.json").read_text()) for number in range(len(tasks))]
+        output, _, last = done.stdout.partition("TASK [All results]")
+        self.told = (output + done.stderr).split("TASK [gpufleet")[1:]
+        return results(last)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_what_needs_ansible_itself_is_refused() -> None:
 
 def test_everything_that_a_module_imports_comes_along() -> None:
     names = {name.rpartition(".")[2] for name in quick.texts("vllm_preflight")}
-    assert {"vllm_preflight", "generations", "vllm", "vllm_host"} <= names
+    assert {"vllm_preflight", "generations_host", "vllm", "vllm_fit"} <= names
 
 
 def test_a_success_a_failure_and_a_crash() -> None:
@@ -121,7 +121,7 @@ def test_a_success_a_failure_and_a_crash() -> None:
 
 
 def test_an_old_python_is_named() -> None:
-    status, result = on_host("host_facts", ("OLDEST = (3, 9)", "OLDEST = (9, 9)"), gather=[], paths=[])
+    status, result = on_host("host_facts", ("OLDEST = (3, 10)", "OLDEST = (9, 9)"), gather=[], paths=[])
     assert status == 1
     assert "these roles need 9.9 or newer; set ansible_python_interpreter" in result["msg"]
 
@@ -170,6 +170,28 @@ def test_a_mistake_is_told_in_the_same_words_and_a_secret_in_an_answer_is_blacke
     assert "Unsupported parameters" in unknown["msg"]
     assert "no: Bearer ********" in answer["msg"]
     assert SECRET not in play.told[2]
+
+
+def test_a_program_that_fails_is_told_in_the_same_words(play: Play, tmp_path: Path) -> None:
+    """By its exit status, and when it is not there at all. Rules of a module are kept, too."""
+    complains = tmp_path / "uv"
+    complains.write_text("#!/bin/sh\necho $UV_LINK_MODE; pwd; echo no such luck >&2; exit 3\n")
+    complains.chmod(0o755)
+    release = {"path": str(tmp_path / "release"), "version": "1", "lock": "/x", "options_script": "/x"}
+    tasks: list[Task] = [
+        ("vllm_release", {**release, "uv": str(complains)}, {}),
+        ("vllm_release", {**release, "uv": str(tmp_path / "nothing")}, {}),
+        ("vllm_generation", {"state": "prepared"}, {}),
+    ]
+    quickly, ordinary = play.run(*tasks), play.run(*tasks, ordinary=True)
+    for result in ordinary:
+        result.pop("invocation", None)
+    for told in ("failed", "msg", "rc", "stdout", "stderr"):
+        assert [one.get(told) for one in quickly[::2]] == [one.get(told) for one in ordinary[::2]], told
+    assert (quickly[1]["rc"], ordinary[1]["rc"]) == (2, 2)
+    assert str(tmp_path / "nothing") in quickly[1]["msg"], "Ansible does not say which"
+    assert (quickly[0]["rc"], quickly[0]["msg"], quickly[0]["stdout"]) == (3, "no such luck", "\n/\n")
+    assert "all of the following are missing: release" in quickly[2]["msg"]
 
 
 def test_what_the_quick_way_cannot_do_is_done_by_ansible(play: Play) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.playbooks import playbook
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,12 +79,13 @@ def play(tmp_path: Path) -> Path:
 
 def run(play: Path, connection: str = "pretend", **environment: str) -> tuple[str, dict[str, Any]]:
     """Run the playbook. Returns what it printed, and the counts."""
-    done = subprocess.run(
-        [str(ROOT / ".venv/bin/ansible-playbook"), "-i", "hosts", "play.yml", "-c", connection,
-         "-e", f"file={play}/file", "-e", "ansible_python_interpreter=/usr/bin/python3"],
-        cwd=play, capture_output=True, text=True, check=False,
-        env={**os.environ, "LC_ALL": "C.UTF-8", "ANSIBLE_COLLECTIONS_PATH": str(ROOT / ".collections"), "ANSIBLE_PIPELINING": "true",
-             "ANSIBLE_CALLBACKS_ENABLED": "gpufleet.llm.remote_calls", "REMOTE_CALLS_FILE": str(play / "calls.json"), **environment},
+    done = playbook(
+        "-i", "hosts", "play.yml", "-c", connection, "-e", f"file={play}/file", "-e", "ansible_python_interpreter=/usr/bin/python3",
+        directory=play,
+        environment={
+            **os.environ, "ANSIBLE_COLLECTIONS_PATH": str(ROOT / ".collections"), "ANSIBLE_PIPELINING": "true",
+            "ANSIBLE_CALLBACKS_ENABLED": "gpufleet.llm.remote_calls", "REMOTE_CALLS_FILE": "calls.json", **environment,
+        },
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads((play / "calls.json").read_text())

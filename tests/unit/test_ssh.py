@@ -63,8 +63,10 @@ def role_variables(release: str, **changes: object) -> dict[str, Any]:
             else value
         )
 
+    # what there is to do, and what is told, go by what a task found
+    found = ("__ssh_hardening_told", "__ssh_hardening_over_ssh", "__ssh_hardening_installed")
     for name in texts:
-        if name not in ("__ssh_hardening_told", "__ssh_hardening_over_ssh", "__ssh_hardening_installed"):
+        if name not in found and not name.endswith("_due"):
             variables[name] = rendered(texts[name])
     return variables
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.gpufleet.llm.plugins.module_utils import ssh
-from ansible_collections.gpufleet.llm.plugins.module_utils.ssh_guard import Guard, GuardError
+from ansible_collections.gpufleet.llm.plugins.module_utils.ssh_guard_host import Guard, GuardError
 from ansible_collections.gpufleet.llm.plugins.modules import ssh_change, ssh_look
 
 from tests.nvidia import Answer

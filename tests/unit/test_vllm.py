@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.gpufleet.llm.plugins.module_utils import gpu, vllm
+from ansible_collections.gpufleet.llm.plugins.module_utils import gpu, vllm, vllm_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = json.loads((ROOT / "roles/vllm/files/options/0.33.0-cuda.json").read_text())
@@ -41,9 +41,9 @@ def test_a_good_instance_has_no_problem() -> None:
         ({"name": "chat\nExecStart=x"}, "'name' must consist of lower-case"),
         ({"model": "../etc"}, "'model' must be the name of a model"),
         ({"model": "Qwen/Qwen2.5"}, "'model' must be the name of a model"),
-        ({"port": 80}, "'port' is 80; it must be a number from 1024 to 65535"),
-        ({"port": "8000"}, "'port' is '8000'"),
-        ({"port": 70000}, "'port' is 70000"),
+        ({"port": 80}, "port is 80; it must be a number from 1024 to 65535"),
+        ({"port": "8000"}, "port is '8000'"),
+        ({"port": 70000}, "port is 70000"),
         ({"gpus": []}, "'gpus' is empty"),
         ({"gpus": [-1]}, "'gpus' must be a list of numbers from 0"),
         ({"gpus": "0,1"}, "'gpus' must be a list of numbers from 0"),
@@ -114,7 +114,7 @@ def test_an_adapter_is_a_model_of_the_store_or_lies_elsewhere() -> None:
     assert vllm.model_problems([{**GOOD, "options": good}], ["qwen", "poet-adaptor"]) == [
         "vllm_instances[0]: adapter 'poet-adapter' is not in model_store_models; did you mean 'poet-adaptor'?"
     ]
-    made = vllm.generation({**GOOD, "options": good}, settings())["config"]["lora-modules"]
+    made = vllm.wanted({**GOOD, "options": good}, settings())["config"]["lora-modules"]
     assert made == [
         {"name": "poet", "path": "/srv/models/poet-adapter"},
         {"name": "clerk", "path": "/mnt/adapters/clerk"},
@@ -124,7 +124,7 @@ def test_an_adapter_is_a_model_of_the_store_or_lies_elsewhere() -> None:
 def test_an_adapter_that_is_none_is_told_and_breaks_nothing() -> None:
     """All checks run together, also those that look at what is made of a wrong entry."""
     wrong = {**GOOD, "options": lora("poet", 5, {"path": None})}
-    assert vllm.generation(wrong, settings())["config"]["lora-modules"] == ["poet", 5, {"path": None}]
+    assert vllm.wanted(wrong, settings())["config"]["lora-modules"] == ["poet", 5, {"path": None}]
     assert vllm.model_problems([wrong], ["qwen"]) == []
 
 
@@ -146,6 +146,9 @@ def settings(**change: Any) -> dict[str, Any]:
         "models_path": "/srv/models",
         "shutdown_timeout": 60,
         "environment": {"A": 1},
+        "cuda_home": "",
+        "release_mount": "/opt/vllm/release",
+        "gpus": [{"index": index, "compute_capability": 9.0} for index in range(4)],
         "runtime": "systemd",
         "image": "registry.test/vllm@sha256:" + "0" * 64,
         "container": {"models_path": "/srv/models", "memory": "4g", "shm_size": "1g", "stop_seconds": 90},
@@ -154,12 +157,13 @@ def settings(**change: Any) -> dict[str, Any]:
 
 
 def environment(made: dict[str, Any]) -> dict[str, str]:
-    """The environment of an instance but for the places of its caches."""
-    return {key: value for key, value in made["environment"].items() if key not in vllm.CACHES}
+    """The environment of an instance but for the places of its caches, and what keeps it from compiling kernels."""
+    known = {*vllm.CACHES, *vllm_kernels.WITHOUT_COMPILER}
+    return {key: value for key, value in made["environment"].items() if key not in known}
 
 
 def test_a_generation_says_how_to_serve_and_how_to_ask() -> None:
-    made = vllm.generation(GOOD, settings())
+    made = vllm.wanted(GOOD, settings())
     assert made["config"]["model"] == "/srv/models/qwen"
     assert made["config"]["host"] == "10.0.0.5"
     assert made["config"]["tensor-parallel-size"] == 2
@@ -175,15 +179,59 @@ def test_a_generation_says_how_to_serve_and_how_to_ask() -> None:
     }
 
 
+def test_without_a_compiler_nothing_asks_for_one_and_the_users_word_counts() -> None:
+    made = vllm.wanted(GOOD, settings())["environment"]
+    assert vllm_kernels.WITHOUT_COMPILER.items() <= made.items()
+    assert set(vllm_kernels.WITHOUT_COMPILER.values()) <= {"0", "trtllm"}, "1 is an error where it is not supported"
+    assert "CUDA_HOME" not in made
+    mine = {"VLLM_USE_FLASHINFER_SAMPLER": 1}
+    assert vllm.wanted({**GOOD, "environment": mine}, settings())["environment"]["VLLM_USE_FLASHINFER_SAMPLER"] == "1"
+    assert vllm.wanted(GOOD, settings(environment=mine))["environment"]["VLLM_USE_FLASHINFER_SAMPLER"] == "1"
+    for other in (settings(device="cpu"), settings(runtime="docker")):
+        assert not vllm_kernels.WITHOUT_COMPILER.keys() & vllm.wanted(GOOD, other)["environment"].keys()
+
+
+def test_with_a_compiler_an_instance_finds_it_and_its_releases_own_ninja() -> None:
+    made = vllm.wanted(GOOD, settings(cuda_home="/usr/local/cuda-13.0"))["environment"]
+    assert not vllm_kernels.WITHOUT_COMPILER.keys() & made.keys()
+    assert made["CUDA_HOME"] == "/usr/local/cuda-13.0"
+    assert made["PATH"].startswith("/opt/vllm/release/bin:/usr/local/cuda-13.0/bin:/usr/local/sbin:")
+
+
+@pytest.mark.parametrize(
+    ("capability", "options", "closed"),
+    [
+        (9.0, {}, False),
+        (9.0, {"kv-cache-dtype": "fp8"}, False),
+        (8.9, {}, False),
+        (8.9, {"kv-cache-dtype": "fp8_e4m3"}, True),
+        (12.0, {"kv-cache-dtype": "fp8"}, True),
+        (10.0, {}, True),
+        (10.3, {"kv-cache-dtype": "auto"}, True),
+        (10.0, {"attention-backend": "FLASH_ATTN"}, False),
+        (10.0, {"attention-config": {"backend": "FLASH_ATTN"}}, False),
+    ],
+)
+def test_attention_that_would_be_compiled_is_another_one(
+    capability: float, options: dict[str, Any], closed: bool
+) -> None:
+    gpus = [{"index": index, "compute_capability": capability} for index in range(2)]
+    instance = {**GOOD, "options": {"tensor-parallel-size": 2, **options}}
+    made = vllm.wanted(instance, settings(gpus=[*gpus, {"index": 7, "compute_capability": 10.0}]))
+    assert (made["config"].get("attention-config") == vllm_kernels.ATTENTION_WITHOUT_COMPILER) == closed
+    with_compiler = vllm.wanted(instance, settings(gpus=gpus, cuda_home="/usr/local/cuda"))
+    assert with_compiler["config"].get("attention-config") == options.get("attention-config")
+
+
 def test_an_instance_in_a_container_is_published_where_the_other_one_listens() -> None:
-    made = vllm.generation({**GOOD, "runtime": "docker"}, settings())
+    made = vllm.wanted({**GOOD, "runtime": "docker"}, settings())
     assert made["config"]["host"] == "0.0.0.0"
     assert made["container"]["publish"] == "10.0.0.5:8000:8000"
     assert made["container"]["image"] == settings()["image"]
-    assert made["gate"] == vllm.generation(GOOD, settings())["gate"]
+    assert made["gate"] == vllm.wanted(GOOD, settings())["gate"]
     assert environment(made) == {"A": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, "it has no GPUs but its own"
-    assert vllm.generation({**GOOD, "image": "other"}, settings(runtime="docker"))["container"]["image"] == "other"
-    assert "container" not in vllm.generation({**GOOD, "runtime": "systemd"}, settings(runtime="docker"))
+    assert vllm.wanted({**GOOD, "image": "other"}, settings(runtime="docker"))["container"]["image"] == "other"
+    assert "container" not in vllm.wanted({**GOOD, "runtime": "systemd"}, settings(runtime="docker"))
 
 
 @pytest.mark.parametrize(
@@ -203,21 +251,21 @@ def test_what_a_host_runs(instances: list[dict[str, str]], runtime: str, wanted:
 
 def test_a_generation_asks_for_the_name_that_is_served() -> None:
     instance = {**GOOD, "options": {"served-model-name": ["first", "second"], "runner": "pooling"}}
-    gate = vllm.generation(instance, settings(address="fd00::5"))["gate"]
+    gate = vllm.wanted(instance, settings(address="fd00::5"))["gate"]
     assert (gate["model"], gate["api"], gate["url"]) == ("first", "embeddings", "http://[fd00::5]:8000")
 
 
 def test_cores_are_bound_on_a_cpu_only() -> None:
-    made = vllm.generation({**GOOD, "gpus": [], "cpus": [0, 2]}, settings(device="cpu"))
+    made = vllm.wanted({**GOOD, "gpus": [], "cpus": [0, 2]}, settings(device="cpu"))
     assert environment(made) == {"A": "1", "VLLM_CPU_OMP_THREADS_BIND": "0,2"}
 
 
 def test_what_is_eager_on_a_cpu_compiles_nothing_at_all() -> None:
     eager = {**GOOD, "gpus": [], "options": {"enforce-eager": True}}
-    assert environment(vllm.generation(eager, settings(device="cpu"))) == {"A": "1", "TORCHDYNAMO_DISABLE": "1"}
+    assert environment(vllm.wanted(eager, settings(device="cpu"))) == {"A": "1", "TORCHDYNAMO_DISABLE": "1"}
     set_by_hand = {**eager, "environment": {"TORCHDYNAMO_DISABLE": 0}}
-    assert vllm.generation(set_by_hand, settings(device="cpu"))["environment"]["TORCHDYNAMO_DISABLE"] == "0"
-    assert "TORCHDYNAMO_DISABLE" not in vllm.generation({**eager, "gpus": [0]}, settings())["environment"]
+    assert vllm.wanted(set_by_hand, settings(device="cpu"))["environment"]["TORCHDYNAMO_DISABLE"] == "0"
+    assert "TORCHDYNAMO_DISABLE" not in vllm.wanted({**eager, "gpus": [0]}, settings())["environment"]
 
 
 def test_the_environment_file_is_escaped_as_systemd_reads_it() -> None:

@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.gpufleet.llm.plugins.module_utils import generations, vllm, vllm_container, vllm_host
-from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import GIB, ContainerError, Engine
+from ansible_collections.gpufleet.llm.plugins.module_utils import (
+    generations_host,
+    vllm,
+    vllm_container,
+    vllm_container_host,
+    vllm_fit,
+)
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import GIB
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container_host import ContainerError, Engine
 from ansible_collections.gpufleet.llm.plugins.modules import container_image, vllm_generation, vllm_preflight
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -69,7 +76,7 @@ def test_what_could_be_anything_is_refused(image: str, allow_tags: bool, expecte
 def test_a_port_that_docker_holds_is_told_by_who_asks_docker() -> None:
     entry = wanted()
     held = [{"port": 8000, "program": "dockerd", "unit": "docker.service"}]
-    assert vllm_host.port_problems([entry], held) == []
+    assert vllm_fit.port_problems([entry], held) == []
 
 
 def test_every_problem_is_told_with_its_instance() -> None:
@@ -208,7 +215,7 @@ def test_a_port_of_a_strangers_container_is_told() -> None:
 
 def test_a_container_that_was_killed_may_take_its_time() -> None:
     slow = "cannot stop container: 7fa1: tried to kill container, but did not receive an exit event"
-    for message, removals in ((slow, 3), ("permission denied", 1), (slow, vllm_container.KILLS)):
+    for message, removals in ((slow, 3), ("permission denied", 1), (slow, vllm_container_host.KILLS)):
         answers = [(1, "", message)] * removals + [(0, "", "")]
         asked: list[list[str]] = []
 
@@ -218,7 +225,7 @@ def test_a_container_that_was_killed_may_take_its_time() -> None:
             asked.append(command)
             return answers[len(asked) - 1]  # type: ignore[no-any-return]
 
-        containers = vllm_container.Containers(docker, "chat", Path("/etc/vllm/chat"))
+        containers = vllm_container_host.Containers(docker, "chat", Path("/etc/vllm/chat"))
         if removals == 3:
             containers.remove(2)
             assert len(asked) == 4
@@ -307,7 +314,7 @@ class Module:
     def __init__(self, path: Path, running: str = "", state: str = "active\n", **parameters: Any) -> None:
         self.state = state
         self.params = {
-            "config_path": str(path / "etc"), "inputs": {}, "release": "/opt/r1", "keep": 2, "releases_path": str(path / "releases"), "instances": [],
+            "config_path": str(path / "etc"), "inputs": {}, "release": "/opt/r1", "keep": 2, "releases_path": str(path / "releases"), "wanted": [],
             "container_unit": str(path / "container.service"), **parameters,
         }  # fmt: skip
         self.check_mode = False
@@ -324,9 +331,9 @@ class Module:
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A host's directories."""
-    for module in (generations, vllm_generation):
+    for module in (generations_host, vllm_generation):
         monkeypatch.setattr(module, "UNITS", tmp_path / "units")
-    monkeypatch.setattr(generations, "RUNTIME", tmp_path / "run")
+    monkeypatch.setattr(generations_host, "RUNTIME", tmp_path / "run")
     for name in ("etc", "units", "run/chat"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "container.service").write_text("[Unit]\n")
@@ -335,9 +342,9 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(host: Path, instance: dict[str, Any], confirm: bool = True, running: str = "") -> Module:
     """One run of the role with an instance; returns the module that switched."""
-    vllm_generation.prepared(Module(host, instances=[instance]))
+    vllm_generation.prepared(Module(host, wanted=[instance]))
     module = Module(host, running=running)
-    chat = generations.Instance(module, "chat")
+    chat = generations_host.Deployed(module, "chat")
     vllm_generation.activated(chat)
     (host / "run/chat/generation").write_text(f"{chat.current()}\n")
     if confirm:
@@ -352,7 +359,7 @@ def served(length: int = 1) -> dict[str, Any]:
 
 
 def pending(host: Path, instance: dict[str, Any]) -> list[str]:
-    told = vllm_generation.prepared(Module(host, instances=[instance]))
+    told = vllm_generation.prepared(Module(host, wanted=[instance]))
     found: list[str] = told["pending"]
     return found
 
@@ -376,7 +383,7 @@ def test_a_second_generation_in_a_container_stops_nothing_by_hand(host: Path) ->
     run(host, wanted())
     module = run(host, wanted(config={"model": "/srv/models/qwen", "port": 8000, "max-model-len": 5}))
     assert "systemctl stop vllm@chat.service" not in module.commands
-    assert generations.Instance(module, "chat").current() == 2
+    assert generations_host.Deployed(module, "chat").current() == 2
 
 
 def test_an_instance_changes_its_runtime_and_back(host: Path) -> None:
@@ -392,7 +399,7 @@ def test_an_instance_changes_its_runtime_and_back(host: Path) -> None:
     )  # fmt: skip
     assert stop < disable < reload < restart
     assert pending(host, served()) == []
-    assert [generations.Instance(module, "chat").in_container(number) for number in (2, 3)] == [True, False]
+    assert [generations_host.Deployed(module, "chat").in_container(number) for number in (2, 3)] == [True, False]
 
 
 def test_a_container_that_runs_on_is_never_taken_for_what_follows(host: Path) -> None:
@@ -402,7 +409,7 @@ def test_a_container_that_runs_on_is_never_taken_for_what_follows(host: Path) ->
     assert (host / "units/vllm@chat.service").exists()
     assert pending(host, served()) == ["chat"], "the next run goes on there"
     module = Module(host, state="inactive\n")
-    assert vllm_generation.reverted(generations.Instance(module, "chat")) == "kept"
+    assert vllm_generation.reverted(generations_host.Deployed(module, "chat")) == "restarted"
     assert module.commands[-1] == "systemctl restart --no-block vllm@chat.service", (
         "it was stopped for what did not follow"
     )
@@ -411,7 +418,7 @@ def test_a_container_that_runs_on_is_never_taken_for_what_follows(host: Path) ->
 def test_going_back_goes_back_to_the_other_runtime_too(host: Path) -> None:
     run(host, served())
     module = run(host, wanted(), confirm=False)
-    chat = generations.Instance(module, "chat")
+    chat = generations_host.Deployed(module, "chat")
     assert vllm_generation.reverted(chat) == "reverted"
     assert chat.current() == 1
     assert not (host / "units/vllm@chat.service").exists()
@@ -427,7 +434,7 @@ def test_containers_go_with_their_generations_and_images_with_the_last_that_name
     assert any("--project-name vllm-chat-1" in line and " down " in line for line in module.commands)
     assert f"docker image rm {old}" in module.commands
     assert (host / "etc/images").read_text() == f"{new}\n"
-    assert generations.images(module) == {new}
+    assert generations_host.images(module) == {new}
 
 
 def test_images_that_were_there_before_are_nobodys_to_remove(host: Path) -> None:
@@ -438,14 +445,14 @@ def test_images_that_were_there_before_are_nobodys_to_remove(host: Path) -> None
 
 def test_an_instance_that_is_gone_leaves_no_unit(host: Path) -> None:
     module = run(host, wanted())
-    vllm_generation.absent(generations.Instance(module, "chat"))
+    vllm_generation.absent(generations_host.Deployed(module, "chat"))
     assert not (host / "units/vllm@chat.service").exists()
     assert not (host / "etc/chat").exists()
     assert any(" down " in line for line in module.commands)
 
 
 def test_the_environment_of_a_container_is_in_no_diff(host: Path) -> None:
-    told = vllm_generation.prepared(Module(host, instances=[wanted(environment={"TOKEN": "hunter2"})]))
+    told = vllm_generation.prepared(Module(host, wanted=[wanted(environment={"TOKEN": "hunter2"})]))
     assert "hunter2" not in json.dumps(told)
     assert IMAGE in told["diff"][0]["after"]
 
@@ -453,9 +460,9 @@ def test_the_environment_of_a_container_is_in_no_diff(host: Path) -> None:
 def test_files_of_one_runtime_are_no_concern_of_the_other(host: Path) -> None:
     file = host / "launcher"
     file.write_text("1")
-    before = generations.fingerprints({"systemd": [], "docker": [str(file)]})
+    before = generations_host.fingerprints({"systemd": [], "docker": [str(file)]})
     file.write_text("2")
-    after = generations.fingerprints({"systemd": [], "docker": [str(file)]})
+    after = generations_host.fingerprints({"systemd": [], "docker": [str(file)]})
     assert before["systemd"] == after["systemd"]
     assert before["docker"] != after["docker"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.gpufleet.llm.plugins.module_utils import generations, vllm_host
+from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_fit
 from ansible_collections.gpufleet.llm.plugins.modules import (
     completion_gate,
     vllm_generation,
@@ -279,8 +279,8 @@ def wanted(length: int = 1, **environment: str) -> dict[str, Any]:
 @pytest.fixture
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where running instances say which generation they run."""
-    monkeypatch.setattr(generations, "RUNTIME", tmp_path / "run")
-    monkeypatch.setattr(generations, "UNITS", tmp_path / "units")
+    monkeypatch.setattr(generations_host, "RUNTIME", tmp_path / "run")
+    monkeypatch.setattr(generations_host, "UNITS", tmp_path / "units")
     monkeypatch.setattr(vllm_generation, "UNITS", tmp_path / "units")
     (tmp_path / "run/chat").mkdir(parents=True)
     (tmp_path / "etc").mkdir()
@@ -288,12 +288,12 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def prepare(path: Path, length: int = 1, **parameters: Any) -> dict[str, Any]:
-    return vllm_generation.prepared(FakeModule(path / "etc", instances=[wanted(length)], **parameters))
+    return vllm_generation.prepared(FakeModule(path / "etc", wanted=[wanted(length)], **parameters))
 
 
-def switch(path: Path, runtime: Path, confirm: bool = True) -> generations.Instance:
+def switch(path: Path, runtime: Path, confirm: bool = True) -> generations_host.Deployed:
     module = FakeModule(path / "etc")
-    chat = generations.Instance(module, "chat")
+    chat = generations_host.Deployed(module, "chat")
     vllm_generation.activated(chat)
     runtime.write_text(f"{chat.current()}\n")
     if confirm:
@@ -318,14 +318,31 @@ def test_what_differs_becomes_a_new_generation(tmp_path: Path, runtime: Path, ch
     assert switch(tmp_path, runtime).current() == 2
 
 
+def test_what_somebody_holds_stays_as_it_is(tmp_path: Path, runtime: Path) -> None:
+    """Nothing is written for it, and it is not removed either when nobody wants it any more."""
+    prepare(tmp_path)
+    chat = switch(tmp_path, runtime)
+    file = tmp_path / "etc/chat/held"
+    for text, said in (("ann,\n since noon\n", "ann, since noon"), ("", "nobody said why")):
+        file.write_text(text)
+        assert chat.held() == said
+    again = prepare(tmp_path, length=2)
+    assert (again["changed"], again["pending"], chat.numbers()) == (False, [], [1])
+    assert generations_host.obsolete(str(tmp_path / "etc"), set()) == []
+    file.unlink()
+    assert chat.held() == ""
+    assert prepare(tmp_path, length=2)["pending"] == ["chat"]
+    assert generations_host.obsolete(str(tmp_path / "etc"), set()) == ["chat"]
+
+
 def test_vllm_reads_the_entries_of_a_list_as_it_needs_them() -> None:
     """vLLM 0.32 and 0.33 give str() of an entry to the parser of the option, and json.dumps() of a mapping."""
     overrides = {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}
-    text = generations.render_config({"lora-modules": [{"name": "it's", "path": "/a"}], "hf-overrides": overrides})
+    text = generations_host.render_config({"lora-modules": [{"name": "it's", "path": "/a"}], "hf-overrides": overrides})
     read = yaml.safe_load(text)
     assert json.loads(str(read["lora-modules"][0])) == {"name": "it's", "path": "/a"}
     assert read["hf-overrides"] == overrides
-    assert yaml.safe_load(generations.render_config({"served-model-name": ["a", "b"]})) == {
+    assert yaml.safe_load(generations_host.render_config({"served-model-name": ["a", "b"]})) == {
         "served-model-name": ["a", "b"]
     }
 
@@ -339,7 +356,7 @@ def test_another_revision_of_an_adapter_is_a_new_generation(tmp_path: Path) -> N
         link.symlink_to(tmp_path / revision)
         adapted = wanted(1)
         adapted["config"]["lora-modules"] = [{"name": "poet", "path": str(link)}]
-        texts.append(generations.wanted_content(adapted, {}, "/opt/r1")["config.yaml"])
+        texts.append(generations_host.wanted_content(adapted, {}, "/opt/r1")["config.yaml"])
     assert [str(tmp_path / "r1") in texts[0], str(tmp_path / "r2") in texts[1]] == [True, True]
 
 
@@ -365,7 +382,7 @@ def test_an_input_that_changed_is_a_new_generation(tmp_path: Path, runtime: Path
 def test_a_run_that_died_after_writing_or_switching_is_finished(tmp_path: Path, runtime: Path) -> None:
     prepare(tmp_path)
     assert prepare(tmp_path)["pending"] == ["chat"]
-    assert generations.Instance(FakeModule(tmp_path / "etc"), "chat").numbers() == [1], (
+    assert generations_host.Deployed(FakeModule(tmp_path / "etc"), "chat").numbers() == [1], (
         "the generation that is there is used"
     )
     switch(tmp_path, runtime, confirm=False)
@@ -407,6 +424,17 @@ def test_what_a_dead_run_left_is_not_switched_to_when_nobody_wants_it_any_more(t
     assert switch(tmp_path, runtime).current() == 1
 
 
+def test_what_was_written_and_is_refused_is_gone(tmp_path: Path, runtime: Path) -> None:
+    prepare(tmp_path)
+    chat = switch(tmp_path, runtime)
+    prepare(tmp_path, length=2)
+    vllm_generation.drop(FakeModule(tmp_path / "etc"), [chat])
+    assert (chat.current(), chat.numbers()) == (1, [1])
+    prepare(tmp_path, length=2)  # stopped for it, which then failed
+    assert vllm_generation.reverted(chat) == "kept"
+    assert (chat.current(), chat.numbers()) == (1, [1])
+
+
 def test_with_nothing_to_go_back_to_the_instance_is_stopped(tmp_path: Path, runtime: Path) -> None:
     prepare(tmp_path)
     chat = switch(tmp_path, runtime, confirm=False)
@@ -443,7 +471,7 @@ def test_instances_that_nobody_wants_are_named(tmp_path: Path, runtime: Path) ->
 
 
 def test_the_environment_is_in_no_diff(tmp_path: Path, runtime: Path) -> None:
-    module = FakeModule(tmp_path / "etc", instances=[wanted(TOKEN="hunter2")])
+    module = FakeModule(tmp_path / "etc", wanted=[wanted(TOKEN="hunter2")])
     assert "hunter2" not in json.dumps(vllm_generation.prepared(module))
 
 
@@ -463,12 +491,12 @@ def test_what_the_facts_of_a_host_say_against_its_instances() -> None:
         "driver": "570.1",
         "mig": True,
     }
-    facts = {"ports": ports, "gpus": [gpu], "gpu_error": "", "memory_bytes": 8 * vllm_host.GB}
-    assert vllm_host.problems([instance("a"), instance("b", config={"port": 8001})], facts, "cpu") == [
+    facts = {"ports": ports, "gpus": [gpu], "gpu_error": "", "memory_bytes": 8 * vllm_fit.GB}
+    assert vllm_fit.problems([instance("a"), instance("b", config={"port": 8001})], facts, "cpu") == [
         "vllm_instances (a): port 8000 is taken by python3; choose another or stop it",
         "vllm_instances need about 12.6 GB of memory, but the host has 8.0 GB; run fewer instances or lower VLLM_CPU_KVCACHE_SPACE",
     ]
-    told = " ".join(vllm_host.problems([instance("b", config={"port": 8001}, gpus=[0, 7])], facts, "cuda"))
+    told = " ".join(vllm_fit.problems([instance("b", config={"port": 8001}, gpus=[0, 7])], facts, "cuda"))
     for problem in (
         "driver is 570.1, but vLLM needs 580",
         "compute capability 7.0",
@@ -476,11 +504,11 @@ def test_what_the_facts_of_a_host_say_against_its_instances() -> None:
         "GPU 0 is in MIG mode",
     ):
         assert problem in told
-    assert vllm_host.problems([instance("b", gpus=[7])], {**facts, "ports": []}, "cuda", driver_due=True) == []
-    assert "nvidia-smi is not there" in vllm_host.problems([], {**facts, "gpus": []}, "cuda")[0]
-    assert "nvidia-smi fails: no" in vllm_host.problems([], {**facts, "gpus": [], "gpu_error": "no"}, "cuda")[0]
-    assert vllm_host.weights_problems([instance("c", gpus=[0])], [gpu], {"c": 15.0}) == []
-    assert "the weights take 17.0 GB" in vllm_host.weights_problems([instance("c", gpus=[0])], [gpu], {"c": 17.0})[0]
+    assert vllm_fit.problems([instance("b", gpus=[7])], {**facts, "ports": []}, "cuda", driver_due=True) == []
+    assert "nvidia-smi is not there" in vllm_fit.problems([], {**facts, "gpus": []}, "cuda")[0]
+    assert "nvidia-smi fails: no" in vllm_fit.problems([], {**facts, "gpus": [], "gpu_error": "no"}, "cuda")[0]
+    assert vllm_fit.weights_problems([instance("c", gpus=[0])], [gpu], {"c": 15.0}) == []
+    assert "the weights take 17.0 GB" in vllm_fit.weights_problems([instance("c", gpus=[0])], [gpu], {"c": 17.0})[0]
 
 
 def test_copied_files_of_a_release_are_no_newer_than_what_was_compiled_from_them(tmp_path: Path) -> None:

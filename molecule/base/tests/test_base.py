@@ -7,6 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 from testinfra.host import Host
 
 from tests.roles import ROOT, applied, changed, environment, refused, role_command
@@ -53,6 +54,7 @@ def test_nothing_failed(host: Host) -> None:
     assert host.check_output("systemctl --failed --no-legend") == ""
 
 
+@pytest.mark.one_host
 def test_a_full_disk_leaves_every_file_as_it_was(host: Host) -> None:
     """The directory of one of two changed files is a file system of its own here, and full."""
     directory = "/etc/chrony/sources.d"
@@ -76,6 +78,7 @@ def test_a_full_disk_leaves_every_file_as_it_was(host: Host) -> None:
     assert host.check_output(look) == before
 
 
+@pytest.mark.one_host
 def test_what_was_seen_is_forgotten_after_a_change(host: Host, tmp_path: Path) -> None:
     """There and back in one run: the look at the host before the first change must not stand for the second."""
     role = {"name": "gpufleet.llm.base"}
@@ -92,6 +95,7 @@ def test_what_was_seen_is_forgotten_after_a_change(host: Host, tmp_path: Path) -
     assert "server time.example.net iburst" in host.check_output("cat /etc/chrony/sources.d/*.sources")
 
 
+@pytest.mark.one_host
 def test_a_file_that_somebody_changed_is_put_right(host: Host) -> None:
     file = "/etc/chrony/sources.d/vllm-fleet.sources"
     before = host.check_output(f"cat {file}")
@@ -129,6 +133,7 @@ apt-get update -q
 """
 
 
+@pytest.mark.one_host
 def test_security_updates_come_by_themselves_but_not_of_the_driver(host: Host) -> None:
     """Really carried out by unattended-upgrade, from an archive that calls itself Debian's security archive."""
     installed = "dpkg-query -W -f '${Package} ${Version}\\n' nvidia-stand-in plain-stand-in"
@@ -186,6 +191,7 @@ def test_settings_of_the_network_are_in_effect_and_no_others_in_a_container(host
     assert "vm." not in host.check_output("cat /etc/sysctl.d/60-vllm-fleet.conf")
 
 
+@pytest.mark.one_host
 def test_a_setting_that_does_not_take_effect_is_told(host: Host) -> None:
     told = refused(host, "base", base_sysctl={"net.core.nosuchthing": 1})
     assert "base_sysctl: net.core.nosuchthing (is missing) did not take effect" in told
@@ -218,6 +224,7 @@ def test_tmp_is_in_memory_from_the_next_boot_on(host: Host) -> None:
 # --- administrators
 
 
+@pytest.mark.one_host
 def test_the_administrators_have_sudo(host: Host) -> None:
     assert "operators" in host.user("alice").groups
     assert "(ALL : ALL) ALL" in host.check_output("sudo -l -U alice")
@@ -227,6 +234,7 @@ def test_the_administrators_have_sudo(host: Host) -> None:
     applied(host, "base")
 
 
+@pytest.mark.one_host
 def test_ansible_itself_keeps_its_sudo(host: Host) -> None:
     """A member whose own rule comes later, and asks for no password, keeps it; one whose rule comes before the group's is not made a member."""
     users = {"base_admin_users": ["alice", "fleet"]}
@@ -242,6 +250,7 @@ def test_ansible_itself_keeps_its_sudo(host: Host) -> None:
         host.check_output("mv /etc/sudoers.d/00-early /etc/sudoers.d/fleet")
 
 
+@pytest.mark.one_host
 def test_each_part_can_be_switched_off(host: Host) -> None:
     off = {
         "base_unattended_upgrades": False, "base_needrestart_exclude": False, "base_sysctl": {}, "base_limits": False,
@@ -263,6 +272,7 @@ def test_each_part_can_be_switched_off(host: Host) -> None:
     assert not changed(applied(host, "base"))
 
 
+@pytest.mark.one_host
 def test_mistakes_are_told_before_any_change(host: Host) -> None:
     told = refused(
         host, "base", base_sysctl={"net.ipv4.ip_forward": 1}, base_unattended_upgrades_exclude=["("], base_tmp_mount_size="lots",

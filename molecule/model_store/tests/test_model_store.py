@@ -102,17 +102,17 @@ GOOD_TOKEN: list[tuple[Model, str]] = [
     ids=["bad-token", "no-token", "good-token"],
 )
 def test_what_cannot_be_had_is_told_apart_before_any_download(
-    both: list[Host], token: str, wanted: list[tuple[Model, str]]
+    hosts: list[Host], token: str, wanted: list[tuple[Model, str]]
 ) -> None:
     """One run each: a model that is refused does not keep the next one from being asked for."""
     said = refuse(
-        both,
+        hosts,
         [model for model, _message in wanted],
         model_store_hf_token=token,
         model_store_modelscope_token=token,
         model_store_url_headers={f"{SERVER}/files/closed/": {"Authorization": f"Bearer {token}"}} if token else {},
     )
-    for host, words in zip(both, said, strict=True):
+    for host, words in zip(hosts, said, strict=True):
         for _model, message in wanted:
             assert message in words
         files = [
@@ -122,7 +122,7 @@ def test_what_cannot_be_had_is_told_apart_before_any_download(
         assert host.run(f"ls -d {STORE}/bad*").rc != 0
 
 
-def test_secrets_open_what_is_closed_and_show_nowhere(both: list[Host], tmp_path: Path) -> None:
+def test_secrets_open_what_is_closed_and_show_nowhere(hosts: list[Host], tmp_path: Path) -> None:
     """The server would refuse a request to its storage that shows a token."""
     variables = tmp_path / "vars.json"
     secret = {
@@ -134,8 +134,8 @@ def test_secrets_open_what_is_closed_and_show_nowhere(both: list[Host], tmp_path
         "model_store_url_headers": {f"{SERVER}/files/closed": {"Authorization": f"Bearer {GOOD}"}},
     }  # fmt: skip
     variables.write_text(json.dumps(secret))
-    said = applied(both, "model_store", "-vvv", f"--extra-vars=@{variables}")
-    for host in both:
+    said = applied(hosts, "model_store", "-vvv", f"--extra-vars=@{variables}")
+    for host in hosts:
         assert "GET /api/whoami-v2 -" in asked(host)
         assert any("config.json?X-Signature=5ecret5" in line for line in asked(host))
         for name in ("private", "private-ms", "private-url"):
@@ -147,29 +147,29 @@ def test_secrets_open_what_is_closed_and_show_nowhere(both: list[Host], tmp_path
             assert host.run(f"grep -rlF {word} /etc /opt/model-store /run /srv/models /tmp /var/lib /root").stdout == ""
 
 
-def test_a_stopped_download_goes_on_and_a_damaged_file_is_refused_and_fetched_anew(both: list[Host]) -> None:
+def test_a_stopped_download_goes_on_and_a_damaged_file_is_refused_and_fetched_anew(hosts: list[Host]) -> None:
     models = [hub("halted-hf"), modelscope("halted-ms"), url("halted-url")]
-    mode(both, "brisk")
+    mode(hosts, "brisk")
     running = subprocess.Popen(
-        role_command(both, "model_store", model_store_models=models),
+        role_command(hosts, "model_store", model_store_models=models),
         cwd=ROOT, env=environment("model_store"), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     for model in models:
-        for host in both:
+        for host in hosts:
             name = str(model["name"])
             until(partial(has_begun, host, name), 120, f"{name} did not begin")
             host.check_output(f"systemctl kill --signal=KILL model-download-{name}")
     said, _ = running.communicate()
     assert running.returncode != 0, said
-    for host in both:
+    for host in hosts:
         words = told(said, host)
         for model in models:
             assert f"model-download-{model['name']} stopped by itself. Its last lines:" in words
 
     # The last byte is damaged, so that what goes on in the middle gets it. And what is there stays when its successor is refused.
-    mode(both, "corrupt")
-    forget(*both)
-    for host, words in zip(both, refuse(both, [*models, url("tiny-url", config="0" * 64)]), strict=True):
+    mode(hosts, "corrupt")
+    forget(*hosts)
+    for host, words in zip(hosts, refuse(hosts, [*models, url("tiny-url", config="0" * 64)]), strict=True):
         stored = ranges(
             host, "/storage/"
         )  # ModelScope's client asks again before it gives up; the last one is tiny-url
@@ -184,10 +184,10 @@ def test_a_stopped_download_goes_on_and_a_damaged_file_is_refused_and_fetched_an
         assert host.run(f"ls -d {STORE}/halted* {STORE}/.revisions/halted*").stdout == ""
         assert host.file(f"{STORE}/tiny-url/config.json").exists, "the revision before went away"
 
-    mode(both, "well-behaved")
-    forget(*both)
-    store(both, models)
-    for host in both:
+    mode(hosts, "well-behaved")
+    forget(*hosts)
+    store(hosts, models)
+    for host in hosts:
         assert (ranges(host, "/acme/"), ranges(host, "/storage/")) == (["-"], ["-", "-"])
         small = [line for line in asked(host) if line.startswith("GET") and "config.json" in line]
         assert [line for line in small if not line.endswith("bytes=0-0")] == [], "what was whole was fetched again"
@@ -195,8 +195,8 @@ def test_a_stopped_download_goes_on_and_a_damaged_file_is_refused_and_fetched_an
             assert host.file(f"{STORE}/{model['name']}/model.safetensors").sha256sum == WEIGHTS
 
 
-def test_a_killed_playbook_loses_nothing_and_the_token_shows_nowhere(both: list[Host], tmp_path: Path) -> None:
-    mode(both, "slow")
+def test_a_killed_playbook_loses_nothing_and_the_token_shows_nowhere(hosts: list[Host], tmp_path: Path) -> None:
+    mode(hosts, "slow")
     wanted = {
         "model_store_models": [hub("slow", "acme/secret")],
         "model_store_hf_token": GOOD,
@@ -204,7 +204,7 @@ def test_a_killed_playbook_loses_nothing_and_the_token_shows_nowhere(both: list[
     }
     secret = tmp_path / "vars.json"
     secret.write_text(json.dumps(wanted))
-    playbook = role_command(both, "model_store", f"--extra-vars=@{secret}")
+    playbook = role_command(hosts, "model_store", f"--extra-vars=@{secret}")
     killed = subprocess.Popen(
         playbook,
         cwd=ROOT,
@@ -213,7 +213,7 @@ def test_a_killed_playbook_loses_nothing_and_the_token_shows_nowhere(both: list[
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    for host in both:
+    for host in hosts:
         until(partial(ranges, host), 60, "the download did not begin")
         # while it runs, the token is in no command line, unit or environment that others may see
         assert GOOD not in host.check_output(
@@ -225,7 +225,7 @@ def test_a_killed_playbook_loses_nothing_and_the_token_shows_nowhere(both: list[
         assert host.run("ls -A /run/model-download").stdout == ""
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    for host in both:
+    for host in hosts:
         assert host.check_output("systemctl is-active model-download-slow") == "active"
         assert not host.file(f"{STORE}/slow").exists
 
@@ -236,34 +236,36 @@ def test_a_killed_playbook_loses_nothing_and_the_token_shows_nowhere(both: list[
     said = ""
     for line in again.stdout:
         said += line
-        mode([host for host in both if f"{host_name(host)}: slow " in line and " kB/s, about " in line], "well-behaved")
+        mode(
+            [host for host in hosts if f"{host_name(host)}: slow " in line and " kB/s, about " in line], "well-behaved"
+        )
     assert again.wait() == 0, said
     assert " of 8.0 MB, " in said
     assert GOOD not in said
-    for host in both:
+    for host in hosts:
         assert f"{host_name(host)}: slow is already on its way; watching it" in said
         assert len(ranges(host)) == 1
         assert host.file(f"{STORE}/slow/config.json").exists
 
 
-def test_revisions_come_go_and_come_back(both: list[Host], tmp_path: Path) -> None:
+def test_revisions_come_go_and_come_back(hosts: list[Host], tmp_path: Path) -> None:
     """Four runs with models that do not meet: on a line that is cut, at a branch, moved on and back, damaged on disk, grown on the controller."""
     copied: Model = {"name": "grown", "source": "path", "path": str(tmp_path), "copy": True}
     grown: list[list[str]] = []
 
     def run(number: int, *models: Model) -> str:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "tiny", "number": number}))
-        forget(*both)
-        said = store(both, [copied, *models], model_store_allow_moving_revisions=True)
-        grown.append([host.check_output(f"readlink -f {STORE}/grown") for host in both])
-        for host in both:
+        forget(*hosts)
+        said = store(hosts, [copied, *models], model_store_allow_moving_revisions=True)
+        grown.append([host.check_output(f"readlink -f {STORE}/grown") for host in hosts])
+        for host in hosts:
             assert json.loads(host.file(f"{STORE}/grown/config.json").content_string)["number"] == number
         return said
 
-    mode(both, "cut")
+    mode(hosts, "cut")
     run(0, hub("cut"), hub("branch", revision="main"), hub("moving"))
-    before = [host.check_output(f"readlink -f {STORE}/moving") for host in both]
-    for host in both:
+    before = [host.check_output(f"readlink -f {STORE}/moving") for host in hosts]
+    for host in hosts:
         # a connection that is cut is taken up again
         first, second, *_others = ranges(host)
         assert first == "-"
@@ -276,62 +278,62 @@ def test_revisions_come_go_and_come_back(both: list[Host], tmp_path: Path) -> No
         host.check_output(f"truncate --size=-1 {STORE}/cut/model.safetensors")
 
     assert changed(run(1, hub("cut"), hub("moving", revision=SECOND)))
-    for host, directory in zip(both, before, strict=True):
+    for host, directory in zip(hosts, before, strict=True):
         assert host.file(f"{STORE}/cut/model.safetensors").size == SIZE
         # a new revision takes the name, and the previous one stays
         assert host.check_output(f"readlink -f {STORE}/moving").endswith(f"moving-{SECOND[:12]}")
         assert host.file(f"{directory}/model.safetensors").exists
 
     run(2, hub("cut"), hub("moving"))
-    for host, directory in zip(both, before, strict=True):
+    for host, directory in zip(hosts, before, strict=True):
         # and back, without the hub
         assert host.check_output(f"readlink -f {STORE}/moving") == directory
         assert asked(host) == []
-    for number, host in enumerate(both):
+    for number, host in enumerate(hosts):
         assert [host.file(directories[number]).exists for directories in grown] == [False, True, True]
     # nothing to do, also for the same files from another mirror and by a newer signature: what such a model is, its hashes say
     assert not changed(
-        store(both, [copied, hub("cut"), hub("moving"), url("tiny-url", "elsewhere", "?X-Signature=new")])
+        store(hosts, [copied, hub("cut"), hub("moving"), url("tiny-url", "elsewhere", "?X-Signature=new")])
     )
-    for host in both:
+    for host in hosts:
         assert asked(host) == []
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_download(both: list[Host], tmp_path: Path) -> None:
-    for host in both:
+def test_a_disk_that_is_too_small_is_refused_before_the_download(hosts: list[Host], tmp_path: Path) -> None:
+    for host in hosts:
         host.check_output("mkdir -p /srv/small && mount -t tmpfs -o size=4m tmpfs /srv/small")
     try:
-        for host, words in zip(both, refuse(both, [hub("large")], model_store_path="/srv/small"), strict=True):
+        for host, words in zip(hosts, refuse(hosts, [hub("large")], model_store_path="/srv/small"), strict=True):
             assert "acme/tiny needs 8.0 MB more, but /srv/small has 4.2 MB free and 0.0 kB shall stay free" in words
             assert not [line for line in asked(host) if line.startswith("GET /acme/")]
         (tmp_path / "config.json").write_text("{}")
         (tmp_path / "model.safetensors").write_bytes(bytes(5_000_000))
         copied: Model = {"name": "large", "source": "path", "path": str(tmp_path), "copy": True}
-        for host, words in zip(both, refuse(both, [copied], model_store_path="/srv/small"), strict=True):
+        for host, words in zip(hosts, refuse(hosts, [copied], model_store_path="/srv/small"), strict=True):
             assert "large take 5.0 MB, but /srv/small has 4.2 MB free" in words
             assert "large" not in host.check_output("ls /srv/small")
     finally:
-        for host in both:
+        for host in hosts:
             host.check_output("umount /srv/small")
 
 
-def test_a_disk_that_fills_up_is_named_and_the_next_run_goes_on(both: list[Host]) -> None:
+def test_a_disk_that_fills_up_is_named_and_the_next_run_goes_on(hosts: list[Host]) -> None:
     """There is room for all of it when it begins; then another file grows. Each source in turn."""
     small = "/srv/filling"
-    for host in both:
+    for host in hosts:
         host.check_output(f"mkdir -p {small} && mount -t tmpfs -o size=48m tmpfs {small}")
     try:
-        store(both, [hub("full-hf")], model_store_path=small)
+        store(hosts, [hub("full-hf")], model_store_path=small)
         models = [hub("full-hf", revision=SECOND), modelscope("full-ms"), url("full-url")]
-        mode(both, "brisk")
-        forget(*both)
+        mode(hosts, "brisk")
+        forget(*hosts)
         running = subprocess.Popen(
-            role_command(both, "model_store", model_store_models=models, model_store_path=small),
+            role_command(hosts, "model_store", model_store_models=models, model_store_path=small),
             cwd=ROOT, env=environment("model_store"), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         for model in models:
             name = str(model["name"])
-            for host in both:
+            for host in hosts:
                 until(partial(has_begun, host, name, small), 120, f"{name} did not begin")
                 # the next model, which begins when this one has failed on both hosts, finds room again
                 fill = (
@@ -341,7 +343,7 @@ def test_a_disk_that_fills_up_is_named_and_the_next_run_goes_on(both: list[Host]
                 host.check_output(f"systemd-run --quiet --collect sh -c '{fill}'")
         said, _ = running.communicate()
         assert running.returncode != 0, said
-        for host in both:
+        for host in hosts:
             words = told(said, host)
             for model in models:
                 what = model.get("repository", model["name"])
@@ -354,10 +356,10 @@ def test_a_disk_that_fills_up_is_named_and_the_next_run_goes_on(both: list[Host]
             assert host.check_output(f"readlink {small}/full-hf") == f".revisions/full-hf-{FIRST[:12]}"
             assert host.file(f"{small}/full-hf/model.safetensors").sha256sum == WEIGHTS
 
-        mode(both, "well-behaved")
-        forget(*both)
-        store(both, models, model_store_path=small)
-        for host in both:
+        mode(hosts, "well-behaved")
+        forget(*hosts)
+        store(hosts, models, model_store_path=small)
+        for host in hosts:
             begun = [*ranges(host, "/acme/"), *ranges(host, "/storage/")]
             assert len(begun) == len(models), begun
             for first in begun:
@@ -366,26 +368,26 @@ def test_a_disk_that_fills_up_is_named_and_the_next_run_goes_on(both: list[Host]
                 assert host.file(f"{small}/{name}/model.safetensors").sha256sum == WEIGHTS
             assert host.check_output(f"readlink {small}/full-hf") == f".revisions/full-hf-{SECOND[:12]}"
     finally:
-        for host in both:
+        for host in hosts:
             host.run("systemctl stop 'model-download-*'")
             host.check_output(f"umount {small}")
 
 
-def test_a_disk_that_is_not_mounted_is_named(both: list[Host]) -> None:
+def test_a_disk_that_is_not_mounted_is_named(hosts: list[Host]) -> None:
     gone: Model = {"name": "gone", "source": "path", "path": "/srv/nfs/gone"}
-    for words in refuse(both, [gone]):
+    for words in refuse(hosts, [gone]):
         assert "gone: there is no /srv/nfs/gone/config.json on this host; is the disk mounted?" in words
 
 
-def test_what_makes_no_sense_is_refused_before_any_change(both: list[Host]) -> None:
+def test_what_makes_no_sense_is_refused_before_any_change(hosts: list[Host]) -> None:
     plain: Model = {"name": "plain", "source": "url", "repository": "acme/tiny"}
     plain["files"] = [{"url": "https://mirror.example/config.json", "sha256": "abc"}]
     models = [hub("twice", revision="main"), hub("twice"), plain]
-    said = refused(both, "model_store", model_store_models=models)
+    said = refused(hosts, "model_store", model_store_models=models)
     assert "plain: `repository` means nothing for source url; it takes files" in said
     assert "plain: config.json: sha256 is `abc`; it takes the 64 hexadecimal digits" in said
     assert "the name `twice` is given 2 times" in said
     assert "twice: revision is `main`; it takes the 40 hexadecimal digits of a commit" in said
-    for host in both:
+    for host in hosts:
         assert f"variables of {host_name(host)}" in said
         assert asked(host) == []

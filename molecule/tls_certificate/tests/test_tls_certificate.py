@@ -75,6 +75,7 @@ def test_two_runs_reloaded_once(host: Host) -> None:
     assert reloads(host) == 1
 
 
+@pytest.mark.one_host
 @pytest.mark.usefixtures("as_it_was")
 def test_new_names_are_a_new_certificate_of_the_same_authority(host: Host) -> None:
     before, authority, reloaded = certificate(host), certificate(host, "ca.pem"), reloads(host)
@@ -97,6 +98,7 @@ def given(pair: Pair, **more: object) -> dict[str, object]:
     }  # fmt: skip
 
 
+@pytest.mark.one_host
 @pytest.mark.usefixtures("as_it_was")
 def test_given_files_are_served_and_the_key_is_not_shown(host: Host, tmp_path: Path) -> None:
     pair, reloaded = make_pair(), reloads(host)
@@ -114,6 +116,7 @@ def test_given_files_are_served_and_the_key_is_not_shown(host: Host, tmp_path: P
     assert host.file(f"{DIRECTORY}/privkey.pem").content_string.strip() == pair[1].strip()
 
 
+@pytest.mark.one_host
 def test_a_pair_that_cannot_be_served_is_refused_before_anything_changes(host: Host) -> None:
     before, good, other = certificate(host), make_pair(), make_pair()
     for variables, message in (

@@ -52,6 +52,7 @@ def test_uv_downloads_no_python_as_a_side_effect(host: Host) -> None:
     assert "No interpreter found for Python 3.10" in said.stderr
 
 
+@pytest.mark.one_host
 @pytest.mark.usefixtures("restored")
 def test_credentials_of_an_index_stay_secret(host: Host) -> None:
     index = "http://me:s3cret-in-url@127.0.0.1:9/simple"
@@ -63,6 +64,7 @@ def test_credentials_of_an_index_stay_secret(host: Host) -> None:
     assert "s3cret" not in host.run("journalctl --no-pager --quiet").stdout
 
 
+@pytest.mark.one_host
 @pytest.mark.usefixtures("restored")
 def test_a_changed_index_is_shown_and_used(host: Host) -> None:
     """The index in a directory on the host: what an air-gapped site has. uv comes from it, and packages do."""
@@ -74,6 +76,7 @@ def test_a_changed_index_is_shown_and_used(host: Host) -> None:
     assert "pypi.org" not in said.stderr
 
 
+@pytest.mark.one_host
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
@@ -92,6 +95,7 @@ def test_what_makes_no_sense_is_refused_before_any_change(
     assert message in refused(host, "uv", **variables)
 
 
+@pytest.mark.one_host
 def test_a_wrong_hash_and_a_missing_version_are_refused_by_name(host: Host) -> None:
     before = host.check_output("sha256sum /usr/local/bin/uv")
     wrong = {"x86_64": "0" * 64, "aarch64": "0" * 64}
@@ -121,6 +125,7 @@ def archive(host: Host) -> tuple[str, str]:
     return version, host.check_output("sha256sum /srv/test/python.tar.gz").split()[0]
 
 
+@pytest.mark.one_host
 @pytest.mark.usefixtures("restored")
 def test_a_managed_python_comes_from_a_pinned_archive(host: Host, archive: tuple[str, str]) -> None:
     version, sha256 = archive
@@ -176,6 +181,7 @@ def mirror(host: Host) -> Iterator[None]:
     host.check_output("systemctl stop test-mirror")
 
 
+@pytest.mark.one_host
 @pytest.mark.usefixtures("restored", "mirror")
 def test_uv_asks_the_mirror_and_refuses_a_python_that_it_does_not_know(host: Host) -> None:
     """uv carries the hash of every archive: it asks the mirror, and refuses what the mirror has instead."""

@@ -1,7 +1,8 @@
 """The real vLLM (its CPU build) with a real small model, under the unit that runs in production.
 
 What cannot be shown here: GPUs, and on a machine with cgroup v1 the device rules of the unit (they have no effect there).
-Tests that change the host come last and build on each other's end state.
+Tests that change the host come last and build on each other's end state. What the role does with instances, whatever runs in
+them, is in test_instances.py.
 """
 
 from __future__ import annotations
@@ -11,24 +12,36 @@ import math
 import operator
 import re
 import threading
-import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import yaml
 from testinfra.host import Host
 
-from tests.roles import ROOT, applied, apply_role, refused
+from tests.roles import ROOT, applied, refused, until
 from tests.sandbox import ATTEMPTS, PROBE, probe
+from tests.served import (
+    KEY,
+    MODEL,
+    Asked,
+    ask,
+    ends_before_a_stop,
+    generation,
+    main_pid,
+    nothing_is_left_of_a_proof,
+    send,
+)
+from tests.stand_in import contract
 
-KEY = "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c4b5a69788796a5b4c3d2e1f0"
-MODEL = "smollm2-135m-instruct"
+testinfra_hosts = ["docker://vllm-debian12"]
+
 INSTANCES: list[dict[str, Any]] = yaml.safe_load((ROOT / "molecule/shared/inventory/group_vars/vllm.yml").read_text())[
     "vllm_instances"
 ]
 # See there: what each of them has. The adapter and the int8 model come from make_models.py.
 CHAT, OTHER, EMBED = INSTANCES
-# What the tests further down make of OTHER.
+# What the last tests make of OTHER.
 PLAIN = {**OTHER, "model": MODEL, "options": {**OTHER["options"], "max-model-len": 512}}
 UNITS = ("chat", "other", "embed")
 METRIC = "vllm:prefix_cache_hits_total{"
@@ -38,34 +51,6 @@ def cosine(one: list[float], other: list[float]) -> float:
     """How near two vectors are: 1 in the same direction."""
     product: float = sum(map(operator.mul, one, other))
     return product / math.hypot(*one) / math.hypot(*other)
-
-
-def send(host: Host, port: int, path: str, body: object = None, key: str = KEY) -> tuple[int, Any]:
-    """Ask an instance from its own host; returns the status and the answer."""
-    data = ["-d", json.dumps(body)] if body is not None else []
-    done = host.run(
-        f"curl -sS -m 100 -w '\\n%%{{http_code}}' -H %s -H 'Content-Type: application/json' {'%s ' * len(data)}%s",
-        f"Authorization: Bearer {key}",
-        *data,
-        f"http://127.0.0.1:{port}{path}",
-    )
-    answer, status = done.stdout.rsplit("\n", 1)
-    return int(status), json.loads(answer) if answer.startswith("{") else answer
-
-
-def ask(
-    host: Host, port: int = 8000, model: str = MODEL, tokens: int = 4, key: str = KEY, **more: object
-) -> tuple[int, Any]:
-    """Ask for exactly so many tokens; returns the status and the answer."""
-    request = {
-        "model": model,
-        "prompt": "The capital of France is",
-        "max_tokens": tokens,
-        "ignore_eos": True,
-        "temperature": 0,
-        **more,
-    }
-    return send(host, port, "/v1/completions", request, key)
 
 
 def text(host: Host, *arguments: Any, **more: Any) -> str:
@@ -80,13 +65,10 @@ def models(host: Host, port: int = 8000) -> dict[str, dict[str, Any]]:
     return {entry["id"]: entry for entry in send(host, port, "/v1/models")[1]["data"]}
 
 
-def main_pid(host: Host, name: str) -> int:
-    return int(host.check_output("systemctl show --property=MainPID --value vllm@%s", name))
-
-
-def generation(host: Host, name: str) -> str:
-    """Number of the generation that runs."""
-    return str(host.check_output("cat /run/vllm/%s/generation", name))
+@pytest.mark.parametrize("assertion", contract.CONTRACT, ids=lambda assertion: assertion.__name__)
+def test_it_does_what_the_stand_in_does(host: Host, assertion: Callable[[contract.Server], None]) -> None:
+    """tests/unit/test_stand_in.py runs the same list on the stand-in."""
+    assertion(Asked(host))
 
 
 @pytest.mark.parametrize(("port", "model"), [(8000, MODEL), (8000, "also-chat"), (8001, "other-name")])
@@ -267,82 +249,16 @@ def test_caches_are_private_to_each_instance(host: Host) -> None:
         assert host.file(f"/var/cache/vllm/{name}/vllm").is_directory
 
 
-def test_check_mode_shows_the_change_and_makes_none(host: Host) -> None:
-    changed = {**OTHER, "options": {**OTHER["options"], "max-model-len": 512}}
-    told = applied(host, "vllm", "--check", "--diff", vllm_instances=[CHAT, changed, EMBED])
-    assert "-max-model-len: 1024" in told
-    assert "+max-model-len: 512" in told
-    assert "QUOTED" not in told
-    assert generation(host, "other") == "1"
-    assert host.run("test -e /etc/vllm/other/2").rc != 0
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"options": {"max-model-length": 5}}, "did you mean 'max-model-len'?"),
-        (
-            {"options": {"enable-lora": True, "lora-modules": ["x=adapter"]}},
-            "adapter 'adapter' is not in model_store_models",
-        ),
-        ({"model": "not-there"}, "model 'not-there' is not in model_store_models"),
-        ({"prot": 1}, "prot"),
-        ({"environment": {"VLLM_SERVER_DEV_MODE": 1}}, "VLLM_SERVER_DEV_MODE is refused"),
-        ({"environment": {"VLLM_CPU_KVCACHE_SPACE": 4000}}, "GB of memory, but the host has"),
-    ],
-)
-def test_a_mistake_is_refused_before_anything_changes(host: Host, change: dict[str, Any], expected: str) -> None:
-    before = [main_pid(host, name) for name in UNITS]
-    assert expected in refused(host, "vllm", vllm_instances=[CHAT, {**OTHER, **change}, EMBED])
-    assert [main_pid(host, name) for name in UNITS] == before
-    assert host.run("test -e /etc/vllm/other/2").rc != 0
-
-
-def test_a_port_that_something_else_holds_is_refused(host: Host) -> None:
-    host.check_output("systemd-run --unit=squatter python3 -m http.server --bind 127.0.0.1 8009")
-    host.check_output("for i in $(seq 50); do ss -Hltn 'sport = :8009' | grep -q . && break; sleep 0.1; done")
-    told = refused(host, "vllm", vllm_instances=[CHAT, {**OTHER, "port": 8009}, EMBED])
-    host.check_output("systemctl stop squatter")
-    assert "port 8009 is taken by python3" in told
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"vllm_version": "0.26.0"}, "CVE-2026-114053"),
-        ({"vllm_device": "cuda", "vllm_instances": [{**CHAT, "gpus": [0], "cpus": []}]}, "nvidia-smi is not there"),
-        ({"vllm_internal_key": "short"}, "openssl rand -hex 32"),
-    ],
-)
-def test_what_cannot_work_here_is_refused(host: Host, variables: dict[str, Any], expected: str) -> None:
-    assert expected in refused(host, "vllm", **variables)
-
-
-def test_a_running_request_ends_before_its_instance_stops(host: Host) -> None:
-    """`other` is restarted under a request that takes some seconds: the request is answered to its end."""
-    answers: list[tuple[int, Any]] = []
-    client = threading.Thread(target=lambda: answers.append(ask(host, 8001, "other-name", tokens=60)))
-    client.start()
-    time.sleep(1.5)
-    host.check_output("systemctl stop vllm@other")
-    client.join()
-    status, answer = answers[0]
-    assert status == 200, answer
-    assert answer["usage"]["completion_tokens"] == 60
-    assert host.check_output("systemctl show --property=Result --value vllm@other") == "success"
-    leftover = host.run("pgrep -u vllm -f VLLM::EngineCore -c").stdout.strip()
-    assert leftover == "2", "only the engines of `chat` and `embed` may be left"
-
-
-def test_a_change_restarts_only_its_instance_and_starts_a_stopped_one(host: Host) -> None:
-    """`other` is stopped here (by the test before): it is started with its new generation. `embed` is not needed any more."""
+def test_a_release_is_proved_with_a_tiny_model_beside_what_runs(host: Host) -> None:
+    """A change of `other`. `embed` is not needed any more."""
     before = main_pid(host, "chat")
-    applied(host, "vllm", vllm_instances=[CHAT, PLAIN])
+    told = applied(host, "vllm", vllm_instances=[CHAT, PLAIN], vllm_start_proof="refuse")
+    assert "prove | The proofs answer a completion" in told
+    assert len(host.check_output("ls /opt/vllm/proofs/*.json").split()) == 1
+    nothing_is_left_of_a_proof(host)
     assert main_pid(host, "chat") == before
     assert generation(host, "other") == "2"
     assert ask(host, 8001, "other-name")[0] == 200
-    assert host.file("/etc/vllm/other/current").linked_to == "/etc/vllm/other/2"
-    assert host.file("/etc/vllm/other/2/confirmed").exists
 
 
 def test_yarn_is_at_work(host: Host) -> None:
@@ -358,50 +274,46 @@ def test_yarn_is_at_work(host: Host) -> None:
     assert abs(found[0] - found[1]) > 0.1, found
 
 
-def test_a_configuration_that_vllm_refuses_goes_back(host: Host) -> None:
-    """The option is known and of the right type; only the engine, when it starts, says no."""
-    before = main_pid(host, "chat")
-    broken = {**PLAIN, "options": {**PLAIN["options"], "quantization": "awq"}}
-    told = refused(host, "vllm", vllm_instances=[CHAT, broken])
-    assert "vLLM instance other" in told
-    assert "did not come up" in told
-    assert "awq" in told, "the lines of the journal that say why"
-    assert "The previous generation is back and answers" in told
+def test_what_starts_with_no_model_is_refused_before_anything_stops(host: Host) -> None:
+    """An environment that kills every start: found with a tiny model, while what runs answers every request."""
+    before = main_pid(host, "other")
+    asked: list[int] = []
+    done = threading.Event()
+
+    def client() -> None:
+        while not done.wait(0.5):
+            asked.append(ask(host, 8001, "other-name", tokens=1)[0])
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    deadly = {**PLAIN, "environment": {**PLAIN["environment"], "VLLM_LOGGING_LEVEL": "nonsense"}}
+    told = refused(host, "vllm", vllm_instances=[CHAT, deadly], vllm_start_proof="refuse")
+    done.set()
+    thread.join()
+    assert "What vLLM instance other on" in told
+    assert "does not start, not even with a tiny model" in told
+    assert "Unknown level: 'NONSENSE'" in told
+    assert "Nothing was stopped" in told
+    assert len(asked) > 5 and set(asked) == {200}, asked
+    assert main_pid(host, "other") == before
     assert generation(host, "other") == "2"
-    assert ask(host, 8001, "other-name")[0] == 200
-    assert host.run("test -e /etc/vllm/other/3").rc != 0
-    assert main_pid(host, "chat") == before
+    nothing_is_left_of_a_proof(host)
+    assert len(host.check_output("ls /opt/vllm/proofs/*.json").split()) == 1, "what failed is not recorded"
 
 
-def test_an_instance_that_nobody_wants_is_gone(host: Host) -> None:
-    before = main_pid(host, "chat")
-    applied(host, "vllm", vllm_instances=[CHAT])
-    assert main_pid(host, "chat") == before
-    assert host.run("systemctl is-active vllm@other").stdout.strip() == "inactive"
-    assert host.run("systemctl is-enabled vllm@other").stdout.strip() != "enabled"
-    assert not host.file("/etc/vllm/other").exists
-    assert host.run("pgrep -u vllm -f VLLM::EngineCore -c").stdout.strip() == "1"
-
-
-def test_a_run_that_died_half_way_is_finished_by_the_next(host: Host) -> None:
-    """What a run leaves that dies between writing a generation and proving it, and a release that was half built."""
-    host.check_output(
-        "rm /etc/vllm/chat/current/confirmed && mkdir /etc/vllm/chat/.9.partial /opt/vllm/releases/0.1.0-half"
+def test_a_running_request_ends_before_its_instance_stops(host: Host) -> None:
+    """`other` is restarted under a request that takes some seconds: the request is answered to its end."""
+    asked = Asked(host, "other", 8001, "other-name")
+    ends_before_a_stop(
+        host, "other", lambda: ask(host, 8001, "other-name", tokens=60), 60, meanwhile=lambda: contract.it_drains(asked)
     )
-    done = apply_role(host, "vllm", vllm_instances=[CHAT])
-    assert done.returncode == 0, done.stdout
-    assert host.file("/etc/vllm/chat/current/confirmed").exists
-    assert not host.file("/etc/vllm/chat/.9.partial").exists
-    assert not host.file("/opt/vllm/releases/0.1.0-half").exists
-    again = applied(host, "vllm", vllm_instances=[CHAT])
-    assert "changed=0" in again
+    leftover = host.run("pgrep -u vllm -f VLLM::EngineCore -c").stdout.strip()
+    assert leftover == "1", "only the engine of `chat` may be left"
 
 
-def test_a_crash_is_followed_by_a_start(host: Host) -> None:
-    host.check_output("pkill -9 -u vllm -f VLLM::EngineCore")
-    deadline = time.monotonic() + 400  # a start takes 40 s; more on a machine that does other things
-    while time.monotonic() < deadline:
-        time.sleep(2)
-        if ask(host)[0] == 200:
-            return
-    pytest.fail(host.run("systemctl status --no-pager --lines=40 vllm@chat").stdout)
+def test_it_ends_with_its_engine_and_systemd_starts_it_again(host: Host) -> None:
+    """That it then answers again is a start as any other, and shown with the stand-in."""
+    before = int(host.check_output("systemctl show --property=NRestarts --value vllm@chat"))
+    contract.it_ends_with_its_engine(Asked(host), lambda: host.check_output("pkill -9 -x VLLM::EngineCor"))
+    restarts = "systemctl show --property=NRestarts --value vllm@chat"
+    until(lambda: int(host.check_output(restarts)) == before + 1, 60, "systemd did not start it again")
