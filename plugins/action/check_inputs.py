@@ -49,7 +49,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             ]
             result.update(failed=True, msg="\n".join(lines))
         else:
-            result.update(changed=False, problems=problems, collected=collected)
+            result.update(changed=False, problems=problems)
         return result
 
     def _spec(self, role: Path) -> Mapping[str, Any]:

@@ -66,8 +66,4 @@ problems:
   returned: success
   type: list
   elements: str
-collected:
-  description: Whether C(check_inputs_collect) was true. What was collected has been checked once and need not be again in the same run.
-  returned: success
-  type: bool
 """

@@ -425,7 +425,7 @@ def test_too_many_streams_of_one_client_do_not_touch_another(fleet: Fleet) -> No
 @pytest.mark.usefixtures("limited")
 def test_a_client_that_was_removed_is_a_stranger(fleet: Fleet) -> None:
     assert fleet.complete(NARROW_KEY).status == 200
-    playbook("playbooks/gateway.yml", "--tags", "gateway")
+    playbook("site.yml", "--tags", "gateway")
     for key in (BUSY_KEY, NARROW_KEY):
         assert fleet.complete(key).status == 401
     assert fleet.complete().status == 200

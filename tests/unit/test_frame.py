@@ -23,8 +23,8 @@ from tests import run
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir() if path.is_dir())
-STAGES = ["preflight", "install", "configure", "service", "verify"]
-# It is itself a stage of every other role, so its main.yml holds its tasks.
+STAGES = ["install", "configure", "service", "verify"]
+# It is itself a step of every other role, so its main.yml holds its tasks.
 NOT_STAGED = {"host_support"}
 SCENARIOS = run.scenarios()
 INJECTED = re.compile(
@@ -71,34 +71,33 @@ def test_role_has_the_files_that_every_role_has(role: str) -> None:
 
 
 @pytest.mark.parametrize("role", sorted(set(ROLES) - NOT_STAGED))
-def test_main_is_a_table_of_contents_with_the_stages_in_order(role: str) -> None:
-    path = ROOT / "roles" / role / "tasks" / "main.yml"
-    # Two lines a stage; a third one says when it is left out.
-    lines = [
-        line
-        for line in path.read_text().splitlines()
-        if line.strip() and not line.lstrip().startswith(("#", "---", "when: "))
+def test_main_checks_and_applies(role: str) -> None:
+    """The same three steps in every role; playbooks that checked all hosts first take `apply` alone."""
+    names = [
+        task.get("ansible.builtin.import_tasks") or task["ansible.builtin.include_role"]["name"]
+        for task in load(ROOT / "roles" / role / "tasks/main.yml")
     ]
-    assert len(lines) <= 10
-    included = [
-        str(task.get("ansible.builtin.include_tasks") or task.get("ansible.builtin.import_tasks")).removesuffix(".yml")
-        for task in load(path)
-    ]
-    assert [stage for stage in included if stage not in STAGES] == []
-    assert included == sorted(included, key=STAGES.index)
-    assert included[0] == "preflight"
-    assert included[-1] == "verify"
+    assert names == ["gpufleet.llm.host_support", "preflight.yml", "apply.yml"]
 
 
 @pytest.mark.parametrize("role", sorted(set(ROLES) - NOT_STAGED))
-def test_conditions_of_main_are_named(role: str) -> None:
-    """What they mean stands in vars/main.yml, under "What there is to do"."""
+def test_apply_is_a_table_of_contents_with_the_stages_in_order(role: str) -> None:
+    """Conditions are names, whose meaning stands in vars/main.yml under "What there is to do"."""
     defined = load(ROOT / "roles" / role / "vars/main.yml")
-    for task in load(ROOT / "roles" / role / "tasks/main.yml"):
-        stage = str(task.get("ansible.builtin.include_tasks") or task.get("ansible.builtin.import_tasks"))
+    included = []
+    for task in load(ROOT / "roles" / role / "tasks/apply.yml"):
+        stage = str(task.get("ansible.builtin.include_tasks") or task.get("ansible.builtin.import_tasks") or "")
         wanted = f"__{role}_{stage.removesuffix('.yml')}_due"
+        if not stage:
+            assert task["ansible.builtin.meta"] == "end_role"
+            wanted = f"__{role}_nothing_left"
+        else:
+            included.append(stage.removesuffix(".yml"))
         assert task.get("when", wanted) == wanted
         assert "when" not in task or wanted in defined
+    assert [stage for stage in included if stage not in STAGES] == []
+    assert included == sorted(included, key=STAGES.index)
+    assert included[-1] == "verify"
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -140,7 +139,7 @@ def test_task_names_say_what_they_are_about() -> None:
     """In a log a name stands alone: `They are installed` says nothing there."""
     pronoun = re.compile(r"(It|Its|They|Them|Their|This|That|These|Those|One|Both|Some(thing|body)|Who|Why)\b")
     files = [path for role in ROLES for path in role_files(role, "tasks/**/*.yml", "handlers/*.yml")]
-    files += sorted((ROOT / "playbooks").glob("*.yml"))
+    files += [*sorted((ROOT / "playbooks").glob("*.yml")), *sorted((ROOT / "playbooks/plays").glob("*.yml"))]
     found = []
     for path in files:
         listed = load(path) or []
@@ -240,7 +239,7 @@ def test_role_has_a_scenario(role: str) -> None:
 
 def test_playbooks_name_roles_by_fqcn_with_a_tag_of_their_name() -> None:
     seen, wrong = set(), []
-    for path in sorted((ROOT / "playbooks").glob("*.yml")):
+    for path in sorted((ROOT / "playbooks/plays").glob("*.yml")):
         for task, tags in ((task, play.get("tags", [])) for play in load(path) for task in play.get("tasks", [])):
             role = task.get("ansible.builtin.import_role") or task.get("ansible.builtin.include_role") or {}
             if "apply" in role:
@@ -263,7 +262,7 @@ def test_one_table_says_which_host_gets_which_role() -> None:
     assert sorted(table) == sorted(set(ROLES) - {"host_support"})
     played = []
     for name in ("provision", "serve", "gateway"):
-        for play in load(ROOT / f"playbooks/{name}.yml"):
+        for play in load(ROOT / f"playbooks/plays/{name}.yml"):
             for task in play["tasks"]:
                 [role] = task.get("tags", play.get("tags"))
                 played.append(role)
@@ -279,7 +278,7 @@ def test_every_variable_that_a_playbook_reads_is_described() -> None:
             load(ROOT / "roles" / role / "meta" / "argument_specs.yml")["argument_specs"]["main"].get("options", {})
         )
     own, read = set(), set()
-    for path in [*sorted((ROOT / "playbooks").glob("*.yml")), *sorted((ROOT / "playbooks" / "vars").glob("*.yml"))]:
+    for path in sorted((ROOT / "playbooks").rglob("*.yml")):
         text = path.read_text()
         own |= set(re.findall(r"^\s*([a-z_]+):", text, re.MULTILINE)) | set(re.findall(r"register: (\w+)", text))
         read |= set(
@@ -307,7 +306,7 @@ def test_inventories_link_the_shared_variables_in(inventory: str) -> None:
 def test_plays_and_roles_have_the_same_default_groups() -> None:
     shared = load(ROOT / "group_vars" / "all" / "shared.yml")
     assert (shared["vllm_group"], shared["gateway_group"]) == ("vllm", "gateway")
-    for path in sorted((ROOT / "playbooks").glob("*.yml")):
+    for path in sorted((ROOT / "playbooks").rglob("*.yml")):
         for group, name in re.findall(r"(\w+_group) \| default\('(\w+)'\)", path.read_text()):
             assert shared[group] == name, path.name
 
