@@ -262,7 +262,8 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils.tree import NAME, REQUIREMENT, Tree, TreeError, unpack
+from ansible_collections.gpufleet.llm.plugins.module_utils.tree import NAME, REQUIREMENT, TreeError, unpack
+from ansible_collections.gpufleet.llm.plugins.module_utils.tree_host import Tree
 from ansible_collections.gpufleet.llm.plugins.module_utils.tree_seen import STATE_PATH
 
 ARGUMENTS: dict[str, Any] = {

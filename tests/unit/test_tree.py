@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 from ansible_collections.gpufleet.llm.plugins.module_utils import tree_seen
-from ansible_collections.gpufleet.llm.plugins.module_utils.tree import Entry, Tree, TreeError, handlers, pack, unpack
+from ansible_collections.gpufleet.llm.plugins.module_utils.tree import Entry, TreeError, handlers, pack, unpack
+from ansible_collections.gpufleet.llm.plugins.module_utils.tree_host import Tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
