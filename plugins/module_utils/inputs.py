@@ -46,6 +46,7 @@ OUTPUTS = {
     "host_support_offer",
     "host_support_vendors_changed",
     "nvidia_driver_changed",
+    "nvidia_driver_disturbs",
     "nvidia_driver_look",
     "tls_certificate_present",
     "vllm_activation",

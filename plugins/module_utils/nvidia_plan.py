@@ -72,6 +72,7 @@ def decide(found: Found, wanted: Found) -> dict[str, Any]:
     activate: nothing, load, reload or reboot, for a driver that is installed and not in use; blocked: why that may not be done.
     replaced: installed packages of another branch or flavour, whose place is taken.
     fabric, holds, unholds, leftovers, services: what else is not as wanted. warnings, unproved: what a person should know, and what is broken.
+    disturbs: whether a driver that is there is changed or replaced in the kernel, which ends what uses it.
     outdated: whether it is refused for what apt's lists have, which may be old.
     """
     result: dict[str, Any] = {
@@ -94,6 +95,7 @@ def decide(found: Found, wanted: Found) -> dict[str, Any]:
         result["unholds"] = sorted(set(kept_together(found)) & set(found["holds"]))
     if result["action"] in ("leave", "install", "upgrade"):
         result["warnings"] = [*result["warnings"], *warnings(found, wanted, result["action"])]
+    result["disturbs"] = result["action"] in ("upgrade", "remove") or result["activate"] in ("reload", "reboot")
     result["told"] = told(found, result)
     result["gpus"] = [gpu_text(gpu) for gpu in found["smi"]["gpus"]]
     return result
