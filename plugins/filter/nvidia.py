@@ -7,17 +7,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ansible_collections.gpufleet.llm.plugins.module_utils import nvidia_plan
+from ansible_collections.gpufleet.llm.plugins.module_utils import nvidia_apt
 
 
 def nvidia_preferences(source: str, shut_out: Sequence[str] | None = None, version: str = "") -> str:
     """apt's preferences that keep the driver's packages of all sources but one away, or of those that are named."""
-    return nvidia_plan.preferences(source, nvidia_plan.APT_ORIGINS if shut_out is None else shut_out, version)
+    return nvidia_apt.preferences(source, nvidia_apt.APT_ORIGINS if shut_out is None else shut_out, version)
 
 
 def nvidia_fitting(shown: str, names: Sequence[str], version: str, required: Sequence[str] = ()) -> list[str]:
     """Those of the packages that a source has for a version of the driver."""
-    return nvidia_plan.fitting(shown, names, version, required)
+    return nvidia_apt.fitting(shown, names, version, required)
 
 
 def nvidia_repository(facts: Mapping[str, Any], mirror: str = "") -> dict[str, str]:
