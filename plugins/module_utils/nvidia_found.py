@@ -1,6 +1,6 @@
 # Copyright: the vLLM Fleet authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the findings about the NVIDIA devices of a host mean, for everything that decides by them. nvidia.py finds, here nobody is asked."""
+"""What the findings about the NVIDIA devices of a host mean, for everything that decides by them. nvidia_host.py finds; here nobody is asked."""
 
 from __future__ import annotations
 

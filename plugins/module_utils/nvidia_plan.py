@@ -3,7 +3,7 @@
 """
 What is to be done about the NVIDIA driver of a host: a pure function of what was found there and of the variables of the role.
 
-Nothing here asks the host or the controller anything. What was found comes from nvidia.py, what is wanted from the role nvidia_driver, and
+Nothing here asks the host or the controller anything. What was found comes from nvidia_host.py, what is wanted from the role nvidia_driver, and
 which packages a source has under which name is data of the role. So a table of recorded machines and variables tests it, and a run
 tells what it is going to do before it does it.
 """
