@@ -8,7 +8,7 @@ from typing import Any
 
 from ansible_collections.gpufleet.llm.plugins.module_utils.dpkg import parse_policy
 from ansible_collections.gpufleet.llm.plugins.module_utils.gpu import NVIDIA_SMI_QUERY, NVIDIA_SMI_XML
-from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia import Look
+from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia_host import Look
 
 RECORDINGS = Path(__file__).resolve().parent / "unit/recordings/nvidia"
 MACHINES = sorted(path.parent.name for path in RECORDINGS.glob("*/host.txt"))

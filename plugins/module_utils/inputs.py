@@ -43,6 +43,8 @@ def _exactly(kind: type, value: Any) -> None:
 OUTPUTS = {
     "host_support_facts",
     "host_support_installed",
+    "host_support_offer",
+    "host_support_vendors_changed",
     "nvidia_driver_changed",
     "nvidia_driver_look",
     "tls_certificate_present",

@@ -74,6 +74,9 @@ plan:
     blocked:
       description: Why that may not be done.
       type: str
+    disturbs:
+      description: Whether a driver that is there is changed or replaced in the kernel, which ends what uses it.
+      type: bool
     outdated:
       description: Whether it is refused for what the package lists of the host have. Fresh ones may have something newer.
       type: bool
@@ -189,7 +192,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia import Look
+from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia_host import Look
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import Program
 
 ARGUMENTS: dict[str, Any] = {

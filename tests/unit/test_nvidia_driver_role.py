@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tests.playbooks import playbook
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLE = ROOT / "roles/nvidia_driver"
+TAGGED = {"tags": ["nvidia_driver"]}
 TURN = ["drain", "look", "packages", "extras", "activate", "start", "verify", "undrain"]
 
 
@@ -24,9 +26,17 @@ def load(path: str) -> Any:
     return yaml.safe_load((ROLE / path).read_text())
 
 
-def turns(path: Path, fails: int = 0) -> list[str]:
+def batched() -> dict[str, Any]:
+    """The play of provision.yml for the hosts whose driver is in use, without its hosts."""
+    plays = yaml.safe_load((ROOT / "playbooks/provision.yml").read_text())
+    (play,) = [play for play in plays if "driver_in_use" in play["hosts"]]
+    return {name: value for name, value in play.items() if name in ("serial", "max_fail_percentage", "vars")}
+
+
+def turns(path: Path, *options: str, fails: int = 0) -> list[str]:
     """
-    Run the real turn.yml by the real loop of install.yml on three hosts; every file that it includes only says that it was there.
+    Run the real turn.yml, as install.yml includes it, on three hosts in the batches of provision.yml; every file that it includes only says that it
+    was there.
 
     With `fails`, the verify.yml of the host whose turn has that number fails.
     """
@@ -36,7 +46,7 @@ def turns(path: Path, fails: int = 0) -> list[str]:
             script += f"; test $(grep -c verify {path}/log) != {fails}"
         (path / f"{name}.yml").write_text(yaml.safe_dump([{"ansible.builtin.raw": script}]))
     shutil.copy(ROLE / "tasks/turn.yml", path)
-    (loop,) = [task for task in load("tasks/install.yml") if task.get("ansible.builtin.include_tasks") == "turn.yml"]
+    (turn,) = [task for task in load("tasks/install.yml") if task.get("ansible.builtin.include_tasks") == "turn.yml"]
     variables = {
         "ansible_connection": "local",
         "ansible_python_interpreter": sys.executable,
@@ -45,9 +55,10 @@ def turns(path: Path, fails: int = 0) -> list[str]:
         "nvidia_driver_drain_tasks": f"{path}/drain.yml",
         "nvidia_driver_undrain_tasks": f"{path}/undrain.yml",
     }
-    play = {"hosts": "all", "gather_facts": False, "vars": variables, "tasks": [loop]}
+    play = {"hosts": "all", "gather_facts": False, **batched(), "tasks": [turn]}
+    play["vars"] |= variables
     (path / "play.yml").write_text(yaml.safe_dump([play]))
-    done = playbook("-i", "a,b,c", path / "play.yml")
+    done = playbook("-i", "a,b,c", path / "play.yml", *options)
     assert bool(done.returncode) == bool(fails), done.stdout + done.stderr
     return (path / "log").read_text().split("\n")[:-1]
 
@@ -63,6 +74,12 @@ def test_after_a_host_that_fails_nobody_gets_a_turn_and_it_stays_out_of_service(
     said = turns(tmp_path, fails=2)
     first, second = dict.fromkeys(line.split()[1] for line in said)
     assert said == [f"{name} {first}" for name in TURN] + [f"{name} {second}" for name in TURN[:-1]]
+
+
+def test_as_many_as_a_batch_has_get_their_turn_together(tmp_path: Path) -> None:
+    said = turns(tmp_path, "-e", '{"fleet_batch": [1, 2]}')
+    assert said[: len(TURN)] == [f"{name} a" for name in TURN]
+    assert [line.split()[0] for line in said[len(TURN) :]] == [name for name in TURN for _host in "bc"]
 
 
 def test_the_settings_of_the_decision_are_the_variables_of_the_role() -> None:
@@ -131,8 +148,8 @@ def programs(recorded: Machine, directory: Path) -> Path:
     return directory
 
 
-def checked(path: Path, machine: str, tasks_from: str = "main", **variables: Any) -> tuple[int, str]:
-    """Run the role with --check against this machine, with the files and devices of a recorded one. Nothing is changed."""
+def played(path: Path, machine: str, hosts: str, plays: list[dict[str, Any]], **variables: Any) -> tuple[int, str]:
+    """Run plays with --check against this machine, with the files and devices of a recorded one. Nothing is changed."""
     (path / "machine").mkdir()
     recorded = Machine(machine, path / "machine")
     found = recorded.findings()
@@ -141,23 +158,40 @@ def checked(path: Path, machine: str, tasks_from: str = "main", **variables: Any
         "distribution": found["distribution"], "release": found["release"], "codename": "noble", "architecture": "x86_64", "container": "",
         "packages": {}, "units": {}, "service_manager": "systemd", "gpus": [], "gpu_error": "",
     }  # fmt: skip
-    play = {
-        "hosts": "all",
-        "gather_facts": False,
+    known = {"ansible.builtin.set_fact": {"gpufleet": facts, "cacheable": True}}
+    (path / "play.yml").write_text(
+        yaml.safe_dump([{"hosts": "all", "gather_facts": False, "tasks": [known], "tags": ["always"]}, *plays])
+    )
+    inventory = {
+        "hosts": {host: {} for host in hosts.split()},
         "vars": {
             "ansible_connection": "local", "ansible_python_interpreter": sys.executable, "host_support_facts": {"changed": False},
             "__nvidia_driver_test_root": f"{path}/machine", "__nvidia_driver_test_hardware": f"{path}/machine", **variables,
         },
-        "tasks": [
-            {"ansible.builtin.set_fact": {"gpufleet": facts, "cacheable": True}},
-            {"ansible.builtin.include_role": {"name": "gpufleet.llm.nvidia_driver", "tasks_from": tasks_from}},
-        ],
     }  # fmt: skip
-    (path / "play.yml").write_text(yaml.safe_dump([play]))
-    variables = {"PATH": f"{shown}:{os.environ['PATH']}"}
-    done = playbook("-i", "here,", path / "play.yml", "--check", "--diff", variables=variables)
+    (path / "hosts.yml").write_text(yaml.safe_dump({"all": {"children": {"vllm": inventory}}}))
+    environment = {"PATH": f"{shown}:{os.environ['PATH']}"}
+    tags = ("--tags", "nvidia_driver")
+    done = playbook("-i", path / "hosts.yml", path / "play.yml", "--check", "--diff", *tags, variables=environment)
     # Ansible shows texts as YAML, with line breaks and doubled quotes of its own.
     return done.returncode, " ".join((done.stdout + done.stderr).split()).replace("''", "'")
+
+
+def of_role(tasks_from: str = "main", **keywords: Any) -> dict[str, Any]:
+    """A play as another repository has it, without a batch."""
+    role = {"name": "gpufleet.llm.nvidia_driver", "tasks_from": tasks_from}
+    return {
+        "hosts": "vllm",
+        "gather_facts": False,
+        "tasks": [{"ansible.builtin.import_role": role}],
+        **TAGGED,
+        **keywords,
+    }
+
+
+def checked(path: Path, machine: str, tasks_from: str = "main", **variables: Any) -> tuple[int, str]:
+    """Run the role with --check on a recorded machine."""
+    return played(path, machine, "here", [of_role(tasks_from)], **variables)
 
 
 def test_a_bare_host_is_told_what_would_be_done_and_shown_the_files(tmp_path: Path) -> None:
@@ -215,3 +249,41 @@ def test_a_driver_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert "/etc/systemd/system/vllm-fleet-nvidia-nodes.service" in said
     assert "/etc/apt/preferences.d" not in said
     assert "/etc/modprobe.d" not in said
+
+
+# --- which hosts have their turn together ---------------------------------------------------------------------------
+
+
+def test_a_play_without_batches_is_refused_when_it_would_take_several_hosts_out_of_service(tmp_path: Path) -> None:
+    for name in ("crowd", "one", "batches", "together"):
+        (tmp_path / name).mkdir()
+    code, said = played(tmp_path / "crowd", "old-ours", "a b c", [of_role()])
+    assert code
+    assert "change the driver of 3 hosts at once while it is in use (a, b, c)" in said
+    assert "nothing has been changed" in said
+    for name, hosts, play in (
+        ("one", "a", of_role()),
+        ("batches", "a b", of_role(serial=1)),
+        ("together", "a b", of_role(vars={"nvidia_driver_together": True})),
+    ):
+        code, said = played(tmp_path / name, "old-ours", hosts, [play])
+        assert code == 0, said
+        assert "decision: upgrade" in said
+
+
+def test_hosts_whose_driver_is_new_need_no_batches(tmp_path: Path) -> None:
+    code, said = played(tmp_path, "bare-h100x8", "a b", [of_role()])
+    assert code == 0, said
+    assert said.count("decision: install") == 2
+
+
+def test_the_playbook_has_batches_where_a_driver_is_in_use_and_the_others_at_once(tmp_path: Path) -> None:
+    provision = {"import_playbook": str(ROOT / "playbooks/provision.yml")}
+    manage = "{{ 'never' if inventory_hostname == 'b' else 'auto' }}"
+    code, said = played(tmp_path, "old-ours", "a b c", [provision], nvidia_driver_manage=manage)
+    assert code == 0, said
+    at_rest = said.partition("PLAY [Bring the NVIDIA driver")[2].partition("PLAY [")[0]
+    batches = said.partition("PLAY [Change the NVIDIA driver")[2].split("PLAY [Change the NVIDIA driver")
+    batches[-1] = batches[-1].partition("PLAY [")[0]
+    seen = [sorted(set(re.findall(r"\[([abc])\]", part))) for part in (at_rest, *batches)]
+    assert seen == [["b"], ["a"], ["c"]], said

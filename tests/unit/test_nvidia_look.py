@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.gpufleet.llm.plugins.module_utils import gpu, nvidia, nvidia_pci
+from ansible_collections.gpufleet.llm.plugins.module_utils import gpu, nvidia, nvidia_host, nvidia_pci
 from ansible_collections.gpufleet.llm.plugins.modules import nvidia_look
 
 from tests.nvidia import MACHINES, RECORDINGS, Machine
@@ -109,7 +109,7 @@ def test_the_generation_of_a_gpu_goes_by_its_device_id(device: str, name: str, f
 def test_secure_boot_and_its_exceptions(tmp_path: Path) -> None:
     machine = Machine("t4", tmp_path)
     assert machine.findings()["secure_boot"]
-    machine.write(f"{nvidia.EFI}/{nvidia.UNVALIDATED}", b"\x06\0\0\0\x01")  # mokutil --disable-validation
+    machine.write(f"{nvidia_host.EFI}/{nvidia_host.UNVALIDATED}", b"\x06\0\0\0\x01")  # mokutil --disable-validation
     assert not machine.findings()["secure_boot"]
     (tmp_path / "h").mkdir()
     assert not found("bare-h100x8", tmp_path / "h")["secure_boot"]

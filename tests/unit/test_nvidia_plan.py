@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.gpufleet.llm.plugins.module_utils import nvidia_plan
+from ansible_collections.gpufleet.llm.plugins.module_utils import nvidia_apt, nvidia_plan
 from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia import DRIVER_PACKAGE
 
 from tests.nvidia import MACHINES, Machine
@@ -158,6 +158,19 @@ def test_decision(machine: str, variables: str, decision: str, told: str, tmp_pa
     assert told in lines, lines
 
 
+@pytest.mark.parametrize(
+    ("machine", "changed", "disturbs"),
+    [
+        ("bare-t4", {}, False), ("t4", {}, False), ("t4", {"manage": "always"}, True), ("t4", {"manage": "always", "state": "absent"}, True),
+        ("half-upgraded-idle", {}, True), ("nouveau", {"reboot": True}, True), ("bare-nouveau", {"reboot": True}, False),
+    ],
+)  # fmt: skip
+def test_a_host_belongs_in_a_batch_when_a_driver_that_is_there_changes(
+    machine: str, changed: dict[str, Any], disturbs: bool, tmp_path: Path
+) -> None:
+    assert decided(Machine(machine, tmp_path).findings(), **changed)["disturbs"] is disturbs
+
+
 def test_every_machine_is_in_the_table() -> None:
     assert {row[0] for row in ROWS} == set(MACHINES)
 
@@ -246,7 +259,7 @@ def test_the_preferences_name_every_package_of_the_driver_and_none_beside_it(tmp
         "cuda-nvcc-13-0",
         "nvidia-cuda-toolkit",
     ]:
-        named = any(fnmatch.fnmatchcase(name, pattern) for pattern in nvidia_plan.APT_NAMES)
+        named = any(fnmatch.fnmatchcase(name, pattern) for pattern in nvidia_apt.APT_NAMES)
         assert named == bool(DRIVER_PACKAGE.match(name)), name
 
 
@@ -261,15 +274,15 @@ def test_every_package_that_a_source_brings_is_kept_away_from_the_others() -> No
                     filled = name.format(branch="580", kernel="generic", running="6.8.0-88-generic", version="580")
                     if filled in ("open", "proprietary", "packages") or filled.startswith("linux-headers"):
                         continue
-                    assert any(fnmatch.fnmatchcase(filled, pattern) for pattern in nvidia_plan.APT_NAMES), filled
+                    assert any(fnmatch.fnmatchcase(filled, pattern) for pattern in nvidia_apt.APT_NAMES), filled
 
 
 @pytest.mark.parametrize("source", ["ubuntu", "nvidia", "debian"])
 def test_the_preferences_shut_out_all_sources_but_one(source: str) -> None:
-    text = nvidia_plan.preferences(source)
+    text = nvidia_apt.preferences(source)
     (origins,) = re.findall(r"^Pin: release o=/\^\((.*)\)\$/\nPin-Priority: -1$", text, re.MULTILINE)
     assert sorted(origins.split("|")) == sorted(
-        origin for name, origin in nvidia_plan.APT_ORIGINS.items() if name != source
+        origin for name, origin in nvidia_apt.APT_ORIGINS.items() if name != source
     )
     assert all(line.startswith(("Package: ", "Pin: ", "Pin-Priority: ")) or not line for line in text.splitlines())
 
@@ -278,7 +291,7 @@ def test_the_preferences_shut_out_all_sources_but_one(source: str) -> None:
 def test_the_preferences_have_few_patterns(version: str) -> None:
     """apt compares each with every name that it knows, at every call: a hundred of them are three seconds."""
     patterns = re.findall(
-        r"[^ \n]*[*?[][^ \n]*", re.sub(r"(?m)^Pin.*$", "", nvidia_plan.preferences("ubuntu", version=version))
+        r"[^ \n]*[*?[][^ \n]*", re.sub(r"(?m)^Pin.*$", "", nvidia_apt.preferences("ubuntu", version=version))
     )
     assert 5 < len(patterns) < 15, patterns
 
@@ -334,7 +347,7 @@ def test_apt_reads_the_preferences_as_they_are_meant(tmp_path: Path) -> None:
     (tmp_path / "sources.list").write_text("".join(sources))
 
     def candidates(source: str) -> dict[str, str]:
-        (tmp_path / "preferences").write_text(f"# a comment\n\n{nvidia_plan.preferences(source)}")
+        (tmp_path / "preferences").write_text(f"# a comment\n\n{nvidia_apt.preferences(source)}")
         options = {
             "Dir::Etc::SourceList": tmp_path / "sources.list", "Dir::Etc::SourceParts": "/dev/null", "Dir::Etc::Preferences": tmp_path / "preferences",
             "Dir::Etc::PreferencesParts": "/dev/null", "Dir::State::Lists": lists, "Dir::State::Status": state / "status", "Dir::Cache": tmp_path / "cache",
@@ -391,10 +404,10 @@ def test_modules_are_those_that_were_built_for_the_version() -> None:
         "linux-modules-nvidia-580-server-open-6.8.0-88-generic",
         "linux-modules-nvidia-580-server-open-generic",
     )
-    assert nvidia_plan.fitting(SHOWN, [modules, flavour], "580.159.03") == [f"{modules}=6.8.0-88.89"]
-    assert nvidia_plan.fitting(SHOWN, [modules], "580.126.09") == []
-    assert nvidia_plan.fitting(SHOWN, [modules], "") == [f"{modules}=6.8.0-88.89+1"]
-    assert nvidia_plan.fitting(SHOWN, [modules], "", ["no-such"]) == [f"{modules}=6.8.0-88.89+1", "no-such"]
-    assert nvidia_plan.fitting(
+    assert nvidia_apt.fitting(SHOWN, [modules, flavour], "580.159.03") == [f"{modules}=6.8.0-88.89"]
+    assert nvidia_apt.fitting(SHOWN, [modules], "580.126.09") == []
+    assert nvidia_apt.fitting(SHOWN, [modules], "") == [f"{modules}=6.8.0-88.89+1"]
+    assert nvidia_apt.fitting(SHOWN, [modules], "", ["no-such"]) == [f"{modules}=6.8.0-88.89+1", "no-such"]
+    assert nvidia_apt.fitting(
         SHOWN, ["linux-headers-6.8.0-88-generic", "linux-headers-6.8.0-1-generic"], "580.159.03"
     ) == ["linux-headers-6.8.0-88-generic"]

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from ansible_collections.gpufleet.llm.plugins.module_utils import nvidia_plan
+from ansible_collections.gpufleet.llm.plugins.module_utils import nvidia_apt, nvidia_plan
 
 from tests.nvidia import Machine
 from tests.unit.test_nvidia_plan import decided
@@ -135,11 +135,11 @@ def apt(base: Path, tmp_path: Path) -> Apt:
 def asked(apt: Apt, result: dict[str, Any]) -> list[str]:
     """What the role hands to apt; its preferences are in place before."""
     (apt.state / "preferences.d/50-vllm-fleet-nvidia").write_text(
-        nvidia_plan.preferences(result["source"], version=result["version"])
+        nvidia_apt.preferences(result["source"], version=result["version"])
     )
     command = ["apt-cache", *apt.options, "show", *result["optional"]]
     shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return [*result["packages"], *nvidia_plan.fitting(shown, result["optional"], result["version"], result["required"])]
+    return [*result["packages"], *nvidia_apt.fitting(shown, result["optional"], result["version"], result["required"])]
 
 
 def plan(path: Path, **variables: Any) -> dict[str, Any]:
@@ -250,6 +250,6 @@ def test_the_two_do_not_mix(apt: Apt, base: Path, tmp_path: Path) -> None:
     assert "Inst " not in apt("-s", "dist-upgrade")  # as long as all is held
     apt.unhold()
     assert "Inst nvidia-modprobe" in apt("-s", "dist-upgrade")  # it would, without the preferences of the role
-    (apt.state / "preferences.d/50-vllm-fleet-nvidia").write_text(nvidia_plan.preferences("ubuntu"))
+    (apt.state / "preferences.d/50-vllm-fleet-nvidia").write_text(nvidia_apt.preferences("ubuntu"))
     assert "Inst " not in apt("-s", "dist-upgrade")
     assert "Inst cuda-nvcc-13-0" in apt("-s", "install", "cuda-nvcc-13-0")

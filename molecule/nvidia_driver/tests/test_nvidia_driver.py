@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 import pytest
-from ansible_collections.gpufleet.llm.plugins.module_utils import nvidia_plan
+from ansible_collections.gpufleet.llm.plugins.module_utils import nvidia_apt
 from testinfra.host import Host
 
 from tests.nvidia import Machine
@@ -296,7 +296,7 @@ def test_debians_real_packages_fit_together(hgx: Host, tmp_path: Path) -> None:
         "mkdir -p /srv/apt/lists/partial /srv/apt/archives/partial /srv/apt/preferences.d"
         " && sed 's/ main$/ main contrib non-free non-free-firmware/' /srv/debian.list >/srv/apt/sources.list"
     )
-    hgx.check_output("printf %s >/srv/apt/preferences.d/nvidia", nvidia_plan.preferences("debian"))
+    hgx.check_output("printf %s >/srv/apt/preferences.d/nvidia", nvidia_apt.preferences("debian"))
     apt = (
         "apt-get -oDir::Etc::SourceList=/srv/apt/sources.list -oDir::Etc::PreferencesParts=/srv/apt/preferences.d -oDir::State::Lists=/srv/apt/lists"
         " -oDir::Cache=/srv/apt"
