@@ -28,7 +28,7 @@ def load(path: str) -> Any:
 
 def batched() -> dict[str, Any]:
     """The play of provision.yml for the hosts whose driver is in use, without its hosts."""
-    plays = yaml.safe_load((ROOT / "playbooks/provision.yml").read_text())
+    plays = yaml.safe_load((ROOT / "playbooks/plays/provision.yml").read_text())
     (play,) = [play for play in plays if "driver_in_use" in play["hosts"]]
     return {name: value for name, value in play.items() if name in ("serial", "max_fail_percentage", "vars")}
 
@@ -55,8 +55,7 @@ def turns(path: Path, *options: str, fails: int = 0) -> list[str]:
         "nvidia_driver_drain_tasks": f"{path}/drain.yml",
         "nvidia_driver_undrain_tasks": f"{path}/undrain.yml",
     }
-    play = {"hosts": "all", "gather_facts": False, **batched(), "tasks": [turn]}
-    play["vars"] |= variables
+    play = {"hosts": "all", "gather_facts": False, "vars": variables, **batched(), "tasks": [turn]}
     (path / "play.yml").write_text(yaml.safe_dump([play]))
     done = playbook("-i", "a,b,c", path / "play.yml", *options)
     assert bool(done.returncode) == bool(fails), done.stdout + done.stderr
@@ -278,9 +277,10 @@ def test_hosts_whose_driver_is_new_need_no_batches(tmp_path: Path) -> None:
 
 
 def test_the_playbook_has_batches_where_a_driver_is_in_use_and_the_others_at_once(tmp_path: Path) -> None:
-    provision = {"import_playbook": str(ROOT / "playbooks/provision.yml")}
+    provision = {"import_playbook": str(ROOT / "playbooks/plays/provision.yml")}
     manage = "{{ 'never' if inventory_hostname == 'b' else 'auto' }}"
-    code, said = played(tmp_path, "old-ours", "a b c", [provision], nvidia_driver_manage=manage)
+    preflight = of_role("preflight", vars={"check_inputs_collect": True})  # as playbooks/preflight.yml
+    code, said = played(tmp_path, "old-ours", "a b c", [preflight, provision], nvidia_driver_manage=manage)
     assert code == 0, said
     at_rest = said.partition("PLAY [Bring the NVIDIA driver")[2].partition("PLAY [")[0]
     batches = said.partition("PLAY [Change the NVIDIA driver")[2].split("PLAY [Change the NVIDIA driver")
