@@ -278,9 +278,16 @@ def test_hosts_whose_driver_is_new_need_no_batches(tmp_path: Path) -> None:
 
 def test_the_playbook_has_batches_where_a_driver_is_in_use_and_the_others_at_once(tmp_path: Path) -> None:
     provision = {"import_playbook": str(ROOT / "playbooks/plays/provision.yml")}
-    manage = "{{ 'never' if inventory_hostname == 'b' else 'auto' }}"
+    version = "{{ '580.95.05' if inventory_hostname == 'b' else '' }}"  # what is there
     preflight = of_role("preflight", vars={"check_inputs_collect": True})  # as playbooks/preflight.yml
-    code, said = played(tmp_path, "old-ours", "a b c", [preflight, provision], nvidia_driver_manage=manage)
+    code, said = played(
+        tmp_path,
+        "old-ours",
+        "a b c",
+        [preflight, provision],
+        nvidia_driver_version=version,
+        nvidia_driver_allow_insecure="{{ inventory_hostname == 'b' }}",
+    )
     assert code == 0, said
     at_rest = said.partition("PLAY [Bring the NVIDIA driver")[2].partition("PLAY [")[0]
     batches = said.partition("PLAY [Change the NVIDIA driver")[2].split("PLAY [Change the NVIDIA driver")
