@@ -215,6 +215,14 @@ class Deployed:
             if number not in precious:
                 self.remove(number)
 
+    def erase(self) -> None:
+        """Remove all that there is of an instance which is stopped: its generations, its directory and a unit of its own."""
+        for number in self.numbers():
+            self.remove(number)
+        shutil.rmtree(self.path, ignore_errors=True)
+        (UNITS / self.unit).unlink(missing_ok=True)
+        self.module.run_command(["systemctl", "daemon-reload"])
+
     def images(self) -> set[str]:
         """Images that its generations name."""
         texts = [self.content(number).get(COMPOSE) for number in self.numbers()]

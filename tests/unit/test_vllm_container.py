@@ -341,8 +341,7 @@ class Module:
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A host's directories."""
-    for module in (generations_host, vllm_generation):
-        monkeypatch.setattr(module, "UNITS", tmp_path / "units")
+    monkeypatch.setattr(generations_host, "UNITS", tmp_path / "units")
     monkeypatch.setattr(generations_host, "RUNTIME", tmp_path / "run")
     for name in ("etc", "units", "run/chat"):
         (tmp_path / name).mkdir(parents=True)

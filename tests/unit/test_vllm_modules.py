@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import socket
 import threading
 import time
@@ -257,6 +258,7 @@ class FakeModule:
             "release": "/opt/r1",
             "keep": 2,
             "releases_path": None,
+            "generation": None,
             **parameters,
         }
         self.check_mode = False
@@ -281,7 +283,6 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where running instances say which generation they run."""
     monkeypatch.setattr(generations_host, "RUNTIME", tmp_path / "run")
     monkeypatch.setattr(generations_host, "UNITS", tmp_path / "units")
-    monkeypatch.setattr(vllm_generation, "UNITS", tmp_path / "units")
     (tmp_path / "run/chat").mkdir(parents=True)
     (tmp_path / "etc").mkdir()
     return tmp_path / "run/chat/generation"
@@ -447,6 +448,27 @@ def test_with_nothing_to_go_back_to_the_instance_is_stopped(tmp_path: Path, runt
     assert chat.module.commands[-1] == "systemctl stop vllm@chat.service"
 
 
+def test_an_operator_goes_back_and_what_was_left_is_no_good_one_any_more(tmp_path: Path, runtime: Path) -> None:
+    for length in (1, 2, 3):
+        prepare(tmp_path, length=length)
+        chat = switch(tmp_path, runtime)
+    module = FakeModule(tmp_path / "etc", generation=2, holder="ann@ctl", reason="slow")
+    vllm_generation.hold(module, [chat])
+    assert vllm_generation.activate(module, [chat])["gates"] == [{"name": "chat", "model": "qwen"}]
+    runtime.write_text("2\n")
+    assert vllm_generation.outdate(module, [chat]) == {"changed": True}
+    assert vllm_generation.outdate(module, [chat]) == {"changed": False}
+    assert (chat.current(), chat.numbers(), chat.confirmed()) == (2, [2, 3], [2])
+    assert re.fullmatch(r"ann@ctl, since 20\d\d-\d\d-\d\d \d\d:\d\d UTC, slow", chat.held())
+    assert prepare(tmp_path, length=3)["pending"] == []
+    assert vllm_generation.release(module, [chat]) == {"changed": True}
+    assert vllm_generation.release(module, [chat]) == {"changed": False}
+    assert prepare(tmp_path, length=3)["pending"] == ["chat"]
+    prepare(tmp_path, length=4)
+    chat = switch(tmp_path, runtime, confirm=False)
+    assert (chat.current(), vllm_generation.reverted(chat), chat.current()) == (4, "reverted", 2)
+
+
 def test_old_generations_go_but_never_the_last_good_ones(tmp_path: Path, runtime: Path) -> None:
     for length in range(1, 6):
         prepare(tmp_path, length=length)
@@ -526,7 +548,7 @@ class Systemd(FakeModule):
 
 
 def look(path: Path, *instances: dict[str, Any], **parameters: Any) -> dict[str, Any]:
-    return vllm_look.look(Systemd(path / "etc", wanted=list(instances), **parameters))  # type: ignore[arg-type]
+    return vllm_look.look(Systemd(path / "etc", wanted=list(instances), **parameters))
 
 
 def judge(
@@ -569,7 +591,7 @@ def test_the_look_says_which_generations_there_are_and_what_they_run(tmp_path: P
         return {**wanted(CUDA_VISIBLE_DEVICES="0,2"), "config": config}
 
     for length in (1, 2, 3):
-        vllm_generation.prepared(FakeModule(tmp_path / "etc", wanted=[chat(length)], **there))  # type: ignore[arg-type]
+        vllm_generation.prepared(FakeModule(tmp_path / "etc", wanted=[chat(length)], **there))
         switch(tmp_path, runtime, confirm=length < 3)
     (tmp_path / "etc/old").mkdir()
     found = look(tmp_path, chat(4), **there)
