@@ -19,7 +19,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils import (
 )
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import GIB
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container_host import ContainerError, Engine
-from ansible_collections.gpufleet.llm.plugins.modules import container_image, vllm_generation
+from ansible_collections.gpufleet.llm.plugins.modules import container_image, vllm_generation, vllm_look
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 IMAGE = f"registry.test:5000/team/vllm@{DIGEST}"
@@ -458,6 +458,12 @@ def test_an_instance_that_is_gone_leaves_no_unit(host: Path) -> None:
     assert not (host / "units/vllm@chat.service").exists()
     assert not (host / "etc/chat").exists()
     assert any(" down " in line for line in module.commands)
+
+
+def test_the_look_says_what_a_container_runs(host: Path) -> None:
+    deployed = generations_host.Deployed(run(host, wanted(gpus=[0, 3])), "chat")
+    found = vllm_look.generation_findings(deployed.content(deployed.current()))
+    assert (found["runtime"], found["runs"], found["port"], found["gpus"]) == ("docker", IMAGE, 8000, [0, 3])
 
 
 def test_the_environment_of_a_container_is_in_no_diff(host: Path) -> None:
