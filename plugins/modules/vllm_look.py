@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: vllm_look
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Looks at the vLLM instances of a host and at what they need
 description:
   - Says in one call what the facts of the host do not say, and changes nothing. The instances that are there with their generations and units, and for
