@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ansible_collections.gpufleet.llm.plugins.module_utils import vllm, vllm_container, vllm_fit, vllm_kernels
+from ansible_collections.gpufleet.llm.plugins.module_utils import (
+    vllm,
+    vllm_container,
+    vllm_fit,
+    vllm_kernels,
+    vllm_status,
+)
 
 
 def vllm_instance_problems(
@@ -47,6 +53,26 @@ def vllm_kernel_environment(cuda_home: str, release_mount: str) -> dict[str, str
     return vllm_kernels.environment(cuda_home, release_mount)
 
 
+def vllm_status_of(
+    instances: Sequence[Mapping[str, Any]],
+    wanted: Sequence[Mapping[str, Any]],
+    changed: Sequence[str],
+    inputs: Mapping[str, Sequence[str]],
+) -> list[dict[str, Any]]:
+    """The instances of a host, and how each of them stands to the inventory."""
+    return vllm_status.status(instances, wanted, changed, inputs)
+
+
+def vllm_status_lines(instances: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The instances of a host as a table."""
+    return vllm_status.lines(instances)
+
+
+def vllm_revert_problem(instances: Sequence[Mapping[str, Any]], name: str) -> str:
+    """Why an instance cannot go back to the generation before its current one; nothing when it can."""
+    return vllm_status.revert_problem(instances, name)
+
+
 class FilterModule:
     """Tells Ansible the names."""
 
@@ -60,5 +86,8 @@ class FilterModule:
             vllm_runs_in,
             vllm_wanted,
             vllm_kernel_environment,
+            vllm_status_of,
+            vllm_status_lines,
+            vllm_revert_problem,
         )
         return {function.__name__: function for function in functions}

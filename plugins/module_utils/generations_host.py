@@ -197,6 +197,10 @@ class Deployed:
         """Number of the generation that the running process was started with."""
         if self.module.run_command(["systemctl", "is-active", "--quiet", self.unit])[0]:
             return None
+        return self.started()
+
+    def started(self) -> int | None:
+        """Number of the generation that the unit was started with, for a unit that is known to run."""
         try:
             return int((RUNTIME / self.name / "generation").read_text())
         except (OSError, ValueError):
@@ -210,6 +214,14 @@ class Deployed:
         for number in self.numbers()[:-keep]:
             if number not in precious:
                 self.remove(number)
+
+    def erase(self) -> None:
+        """Remove all that there is of an instance which is stopped: its generations, its directory and a unit of its own."""
+        for number in self.numbers():
+            self.remove(number)
+        shutil.rmtree(self.path, ignore_errors=True)
+        (UNITS / self.unit).unlink(missing_ok=True)
+        self.module.run_command(["systemctl", "daemon-reload"])
 
     def images(self) -> set[str]:
         """Images that its generations name."""
@@ -281,29 +293,33 @@ def pending(instance: Deployed, content: dict[str, str]) -> bool:
     """Whether the instance is to be changed: nobody holds it, and it does not run a confirmed generation with this content, under a unit of its
     runtime.
     """
-    return not instance.held() and differs(instance, content)
+    return not instance.held() and differs(instance, content, instance.running())
 
 
-def differs(instance: Deployed, content: dict[str, str]) -> bool:
-    """Whether the instance does not run a confirmed generation with this content, under a unit of its runtime."""
+def differs(instance: Deployed, content: dict[str, str], running: int | None) -> bool:
+    """Whether the instance, of which generation `running` runs, does not run a confirmed one with this content, under a unit of its runtime."""
     current = instance.current()
     return (
         instance.content(current) != content
         or current not in instance.confirmed()
-        or instance.running() != current
+        or running != current
         or (UNITS / instance.unit).exists() != (COMPOSE in content)
     )
 
 
+def there(config_path: str) -> list[str]:
+    """Names of the instances that are there."""
+    root = Path(config_path)
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+
+
 def images(module: Any) -> set[str]:
     """Images that any generation of any instance names."""
-    root = Path(module.params["config_path"])
-    names = [entry.name for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
+    names = there(module.params["config_path"])
     return {image for name in names for image in Deployed(module, name).images()}
 
 
 def obsolete(config_path: str, names: set[str]) -> list[str]:
     """Instances that are there, not among the wanted ones, and held by nobody."""
-    root = Path(config_path)
-    there = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
-    return [name for name in there if name not in names and not (root / name / HELD).exists()]
+    found = there(config_path)
+    return [name for name in found if name not in names and not (Path(config_path) / name / HELD).exists()]

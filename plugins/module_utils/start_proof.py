@@ -74,6 +74,11 @@ def config(wanted: Mapping[str, Any], model: str, port: int, memory_share: float
     return found
 
 
+def record_key(facts: Any) -> str:
+    """The name under which a host keeps the record of what passed with these facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def key(wanted: Mapping[str, Any], runs: str, sandbox: str, gpus: Iterable[Sequence[str]]) -> str:
     """What a proof holds for: release or image (`runs`), environment, options, the files of the unit (`sandbox`), and the GPUs with their driver."""
     facts = {
@@ -83,7 +88,7 @@ def key(wanted: Mapping[str, Any], runs: str, sandbox: str, gpus: Iterable[Seque
         "options": {name: wanted["config"].get(name) for name in KEPT_OPTIONS},
         "gpus": sorted(list(gpu) for gpu in gpus),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return record_key(facts)
 
 
 def shape(config: Mapping[str, Any]) -> tuple[int, int]:

@@ -48,13 +48,9 @@ class ProofInstance:
             return
         self.module.run_command(["systemctl", "stop", self.instance.unit])
         self.module.run_command(["systemctl", "reset-failed", self.instance.unit])
-        for number in self.instance.numbers():
-            self.instance.remove(number)
-        shutil.rmtree(self.instance.path, ignore_errors=True)
         shutil.rmtree(self.drop_in.parent, ignore_errors=True)
         shutil.rmtree(Path(CACHE_PATH) / self.instance.name, ignore_errors=True)
-        (generations_host.UNITS / self.instance.unit).unlink(missing_ok=True)
-        self.module.run_command(["systemctl", "daemon-reload"])
+        self.instance.erase()
 
 
 def remove_left(module: Any) -> None:

@@ -68,6 +68,9 @@ OWNED_OPTIONS = {
     "headless": "an instance without an endpoint can be neither gated nor reached",
 }
 
+# What stands in every configuration and comes from the role: no table of options is asked about it.
+ROLE_OPTIONS = ("model", "host", "port", "shutdown-timeout")
+
 # Directories that the unit hides from vLLM (ProtectHome=).
 UNSEEN_PATHS = ("/home/", "/root/", "/run/user/")
 
@@ -105,6 +108,11 @@ def option_problems(options: Mapping[str, Any], table: Mapping[str, Any]) -> lis
         elif table or name in RENAMED_OPTIONS:
             problems.append(f"option {name!r} is not one of vllm serve's{right_name(str(name), table)}")
     return problems
+
+
+def checked_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options of a configuration that a table of options is asked about."""
+    return {name: value for name, value in config.items() if name not in ROLE_OPTIONS}
 
 
 def right_name(name: str, table: Mapping[str, Any]) -> str:

@@ -75,6 +75,30 @@ def problems(generations: Sequence[Mapping[str, Any]], allow_tags: bool) -> list
     return list(dict.fromkeys(found))
 
 
+def engine_problems(engine: Mapping[str, Any], with_gpus: bool) -> list[str]:
+    """What the engine of a host lacks, from what findings() of Engine found."""
+    if not engine["version"]:
+        return [
+            f"vllm_runtime is docker, but no Docker engine answers ({engine['complaint']}); run the role docker, or set fleet_docker: true"
+        ]
+    found = []
+    if not engine["compose"]:
+        found.append(
+            "docker compose is not there; install its plugin (docker-compose-plugin, docker-compose-v2 or docker-compose)"
+        )
+    if with_gpus and not engine["cdi_directories"]:
+        found.append(
+            f"the Docker engine {engine['version']} does not read specifications of devices (CDI): it takes 26.1 or newer with features.cdi, as the "
+            "role docker sets it up"
+        )
+    elif with_gpus and not engine["cdi"]:
+        found.append(
+            f"no specification in {' or '.join(engine['cdi_directories'])} says what {CDI_KIND} is; run the role nvidia_container_toolkit, "
+            "or systemctl restart nvidia-cdi-refresh"
+        )
+    return found
+
+
 def memory_bytes(memory: str) -> int:
     """Bytes of a size, or of a share of the host's memory in whole GiB, so that some pages more or less make no other container."""
     if share := PERCENT.fullmatch(memory):
@@ -181,3 +205,10 @@ def exported(compose_file: Mapping[str, Any], name: str) -> dict[str, Any]:
 def image_of(compose_text: str) -> str:
     """The image that a compose file names."""
     return str(json.loads(compose_text)["services"][SERVICE]["image"])
+
+
+def gpus_of(compose_text: str) -> list[int]:
+    """The GPUs that a compose file gives to its container."""
+    resources = json.loads(compose_text)["services"][SERVICE].get("deploy", {}).get("resources", {})
+    devices = resources.get("reservations", {}).get("devices", [])
+    return [int(name.partition("=")[2]) for device in devices for name in device["device_ids"]]

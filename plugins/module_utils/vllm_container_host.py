@@ -1,6 +1,6 @@
 # Copyright: the vLLM Fleet authors
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM instances in containers, as the Docker engine of the host has them: what it is asked, and what is wrong with it."""
+"""vLLM instances in containers, as the Docker engine of the host has them: what it is asked, and what it is told to do."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import Command
@@ -86,31 +87,20 @@ class Engine:
         """Remove an image. Returns whether it is gone; one that is in use stays."""
         return self.run(["docker", "image", "rm", image])[0] == 0 or not self.has(image)
 
-    def problems(self, with_gpus: bool) -> list[str]:
-        """What the engine lacks."""
+    def findings(self) -> dict[str, Any]:
+        """Its C(version) and C(complaint), whether C(compose) is there, C(cdi_directories), and whether C(cdi) in them has GPUs."""
         status, output, error = self.run(["docker", "info", "--format", "{{json .}}"])
         info = json.loads(output) if status == 0 and output.startswith("{") else {}
         if not info.get("ServerVersion"):
-            reason = (error or "; ".join(info.get("ServerErrors") or []) or output).strip()[-300:]
-            return [
-                f"vllm_runtime is docker, but no Docker engine answers ({reason}); run the role docker, or set fleet_docker: true"
-            ]
-        found = []
-        if self.run(["docker", "compose", "version"])[0]:
-            found.append(
-                "docker compose is not there; install its plugin (docker-compose-plugin, docker-compose-v2 or docker-compose)"
-            )
-        if with_gpus and not info.get("CDISpecDirs"):
-            found.append(
-                f"the Docker engine {info['ServerVersion']} does not read specifications of devices (CDI): it takes 26.1 or newer with features.cdi, as the "
-                "role docker sets it up"
-            )
-        elif with_gpus and not specified(info["CDISpecDirs"]):
-            found.append(
-                f"no specification in {' or '.join(info['CDISpecDirs'])} says what {CDI_KIND} is; run the role nvidia_container_toolkit, "
-                "or systemctl restart nvidia-cdi-refresh"
-            )
-        return found
+            complaint = (error or "; ".join(info.get("ServerErrors") or []) or output).strip()[-300:]
+            return {"version": "", "complaint": complaint}
+        directories = info.get("CDISpecDirs") or []
+        return {
+            "version": info["ServerVersion"],
+            "compose": self.run(["docker", "compose", "version"])[0] == 0,
+            "cdi_directories": directories,
+            "cdi": specified(directories),
+        }
 
     def published(self) -> dict[int, str]:
         """Ports that containers publish which are no instances of ours: port -> name of the container."""

@@ -1,9 +1,15 @@
-"""What a host has, compared with what its vLLM instances need: from the facts of M(gpufleet.llm.host_facts) alone."""
+"""What a host has, compared with what its vLLM instances need: from the facts of M(gpufleet.llm.host_facts), and from the findings of
+M(gpufleet.llm.vllm_look).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
+
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import checked_options, option_problems
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import engine_problems
 
 GB = 1000**3
 # vLLM's wheels are built for CUDA 13, which needs R580, and for compute capability 7.5 and newer.
@@ -33,7 +39,7 @@ def port_problems(generations: Sequence[Mapping[str, Any]], ports: Sequence[Mapp
     for instance in generations:
         port = instance["config"]["port"]
         # Our own unit, whichever instance: two instances may swap their ports. What Docker holds for containers it has to be asked for:
-        # vllm_preflight does.
+        # vllm_look does.
         others = [
             entry["program"] or "another program"
             for entry in ports
@@ -118,3 +124,119 @@ def weights_problems(
                 f"gpu-memory-utilization gives {have * share:.1f} GB; name more GPUs or choose a smaller or quantized model"
             )
     return found
+
+
+def judge(
+    findings: Mapping[str, Any], wanted: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], check_mode: bool
+) -> dict[str, Any]:
+    """What stands in the way of the wanted instances, and what has to change, by the findings of M(gpufleet.llm.vllm_look) and its settings."""
+    contained = [instance for instance in wanted if "container" in instance]
+    release, there = findings["release"], {entry["name"]: entry for entry in findings["instances"]}
+    differing = [there[instance["name"]] for instance in wanted if there[instance["name"]]["differs"]]
+    strangers = [entry for entry in findings["instances"] if not entry["wanted"]]
+    held = {instance["name"]: there[instance["name"]] for instance in wanted if there[instance["name"]]["held"]}
+    return {
+        "problems": look_problems(findings, wanted, settings, check_mode),
+        "warnings": [held_warning(entry, findings["node"]) for entry in differing if entry["held"]],
+        "release_complete": release["complete"] or len(contained) == len(wanted),
+        "missing_images": [
+            image
+            for image in dict.fromkeys(instance["container"]["image"] for instance in contained)
+            if image not in findings["images"]
+        ],
+        "pending": [entry["name"] for entry in differing if not entry["held"]],
+        "obsolete": [entry["name"] for entry in strangers if not entry["held"]],
+        # what is held may have another port or name than the inventory says
+        "gates": [held.get(instance["name"], {}).get("gate") or instance["gate"] for instance in wanted],
+    }
+
+
+def held_warning(instance: Mapping[str, Any], node: str) -> str:
+    """What is said of an instance that stays as it is."""
+    return (
+        f"vLLM instance {instance['name']} on {node} differs from the inventory and stays as it is, because it is held: {instance['held']}. "
+        f"Without {instance['path']}/held the next run changes it."
+    )
+
+
+def look_problems(
+    findings: Mapping[str, Any], wanted: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], check_mode: bool
+) -> list[str]:
+    """Everything that stands in the way of the wanted instances, one sentence each."""
+    contained = [instance for instance in wanted if "container" in instance]
+    served = [instance for instance in wanted if "container" not in instance]
+    release, models = findings["release"], findings["models"]
+    # In check mode on a bare host there is no engine yet, and on any host a model that is new in the inventory is still to come.
+    bare = not findings["deployed"] if contained else not release["complete"]
+    required = settings["require_models"] and not (check_mode and bare)
+    weights = {name: model["weights_bytes"] / GB for name, model in models.items()}
+    found: list[str] = []
+    if contained and required:
+        found += engine_problems(findings["engine"], with_gpus=any(instance["gpus"] for instance in contained))
+    found += published_problems(wanted, findings["published"])
+    found += missing_models(wanted, models) if required and not check_mode else []
+    found += missing_adapters(wanted, models) if required else []
+    if settings["device"] == "cpu":
+        found += memory_problems(wanted, settings["memory_bytes"], weights)
+    else:
+        found += weights_problems(wanted, settings["gpus"], weights)
+    if release["complete"]:
+        found += installed_option_problems(served, release["options"])
+    elif served:
+        found += space_problems(release, settings["release_gb"])
+    return found
+
+
+def published_problems(wanted: Sequence[Mapping[str, Any]], published: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Ports of instances that containers of others publish."""
+    taken = {entry["port"]: entry["container"] for entry in published}
+    return [
+        f"vllm_instances ({instance['name']}): port {instance['config']['port']} is published by the container {taken[instance['config']['port']]}; "
+        "choose another or stop it"
+        for instance in wanted
+        if instance["config"]["port"] in taken
+    ]
+
+
+def missing_models(wanted: Sequence[Mapping[str, Any]], models: Mapping[str, Any]) -> list[str]:
+    """Models that are not in the model store."""
+    found = []
+    for instance in wanted:
+        model = PurePosixPath(instance["config"]["model"])
+        if not models[instance["name"]]["present"]:
+            found.append(
+                f"vllm_instances ({instance['name']}): the model {model.name!r} is not in {model.parent} (no {model}/config.json); "
+                "name it in model_store_models and run the role model_store first"
+            )
+    return found
+
+
+def missing_adapters(wanted: Sequence[Mapping[str, Any]], models: Mapping[str, Any]) -> list[str]:
+    """LoRA adapters that are not where they are looked for."""
+    return [
+        f"vllm_instances ({instance['name']}): the adapter {entry['name']!r} is not there (no {entry['path']}/adapter_config.json); "
+        "name it in model_store_models and run the role model_store first"
+        for instance in wanted
+        for entry in instance["config"].get("lora-modules", [])
+        if entry["path"] not in models[instance["name"]]["adapters"]
+    ]
+
+
+def installed_option_problems(served: Sequence[Mapping[str, Any]], table: Mapping[str, Any]) -> list[str]:
+    """Options that the release which is installed does not know."""
+    return [
+        f"vllm_instances ({instance['name']}): {problem}"
+        for instance in served
+        for problem in option_problems(checked_options(instance["config"]), table)
+    ]
+
+
+def space_problems(release: Mapping[str, Any], release_gb: float) -> list[str]:
+    """Whether there is room to build a release."""
+    free_gb = release["free_bytes"] / GB
+    if free_gb >= release_gb:
+        return []
+    return [
+        f"{release['parent']} has {free_gb:.1f} GB free, but building a release takes {release_gb} GB; "
+        "make room or set vllm_releases_path"
+    ]

@@ -36,15 +36,15 @@ ATTENTION_WITHOUT_COMPILER = {
 ATTENTION_OPTIONS = ("attention-config", "attention-backend")
 BLACKWELL = 10
 HOPPER = 9
-# Where systemd looks by itself.
-SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
+# The PATH that systemd gives to a unit without one.
+SYSTEMD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
 
 
 def environment(cuda_home: str, release_mount: str) -> dict[str, str]:
     """Environment of instances from a release: with a CUDA toolkit in `cuda_home` and the release's own ninja, or with an empty one without."""
     if not cuda_home:
         return dict(WITHOUT_COMPILER)
-    return {"CUDA_HOME": cuda_home, "PATH": f"{release_mount}/bin:{cuda_home}/bin:{SYSTEM_PATH}"}
+    return {"CUDA_HOME": cuda_home, "PATH": f"{release_mount}/bin:{cuda_home}/bin:{SYSTEMD_PATH}"}
 
 
 def options(wanted: Mapping[str, Any], capabilities: Sequence[float]) -> dict[str, Any]:

@@ -70,7 +70,6 @@ seconds:
   type: float
 """
 
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -96,7 +95,7 @@ def key(module: AnsibleModule, versions: str) -> str:
         versions,
         generations_host.fingerprint(parameters["sandbox"]),
     ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return start_proof.record_key(facts)
 
 
 def drop_in(module: AnsibleModule) -> str:

@@ -19,8 +19,8 @@ options:
   state:
     description:
       - V(prepared) writes the wanted generation of each instance where it differs from the current one, and restarts nothing.
-      - V(activated) moves the link to the newest generation and restarts the instance. The container of one that runs in a container is made
-        before anything stops; one that changes its runtime is stopped by the unit that started it.
+      - V(activated) moves the link to the newest generation, or to O(generation), and restarts the instance. The container of one that runs in a
+        container is made before anything stops; one that changes its runtime is stopped by the unit that started it.
       - V(dropped) removes generations that were written and are not to be activated.
       - V(stopped) stops the instances, after their running requests have ended; nothing else of them changes.
       - V(confirmed) marks the current generation as good and removes old generations, with their containers, and releases and images that no
@@ -28,10 +28,12 @@ options:
       - V(reverted) goes back to the last confirmed generation and restarts the instance, or stops it when there is none. An instance
         whose current generation is confirmed keeps it. When it was stopped for what was to follow, it is started again; else what is wrong is not
         its configuration, and systemd goes on trying.
+      - V(outdated) takes the mark of a good one from generations that are newer than the current one, so that nothing goes back to them.
+      - V(held) keeps the instances as they are, and V(released) lets them be changed again.
       - V(absent) stops the instances and removes their generations.
       - V(exported) tells what would be in the generation of an instance in a container, for another machine, and changes nothing.
     type: str
-    choices: [prepared, dropped, stopped, activated, confirmed, reverted, absent, exported]
+    choices: [prepared, dropped, stopped, activated, confirmed, reverted, outdated, held, released, absent, exported]
     required: true
   config_path:
     description: Directory of the instances.
@@ -59,6 +61,17 @@ options:
   container_unit:
     description: For V(activated) and V(reverted). The unit of instances in containers, a file on the host.
     type: path
+  generation:
+    description: For V(activated). The number of the generation; without it the newest.
+    type: int
+  holder:
+    description: For V(held). Who wants them to stay as they are.
+    type: str
+    default: somebody
+  reason:
+    description: For V(held). Why.
+    type: str
+    default: ""
   releases_path:
     description: For V(confirmed). Directory of the releases; those that no generation needs are removed, and such images, too. Without it both stay.
     type: path
@@ -109,8 +122,8 @@ exports:
   type: list
   elements: dict
 gates:
-  description: How to ask the generations that came back, for M(gpufleet.llm.completion_gate).
-  returned: when state is reverted
+  description: How to ask the generations that were started, for M(gpufleet.llm.completion_gate).
+  returned: when state is activated or reverted
   type: list
   elements: dict
 """
@@ -118,13 +131,14 @@ gates:
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_container
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read, write
-from ansible_collections.gpufleet.llm.plugins.module_utils.generations_host import CONFIRMED, UNITS, Deployed
+from ansible_collections.gpufleet.llm.plugins.module_utils.generations_host import CONFIRMED, HELD, Deployed
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import render_environment
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import COMPOSE
@@ -196,10 +210,15 @@ def container_unit(module: AnsibleModule) -> str:
     return read(module.params["container_unit"] or "/nonexistent")
 
 
-def activated(instance: Deployed) -> None:
-    """Switch an instance to its newest generation."""
-    instance.switch(instance.numbers()[-1], container_unit(instance.module))
+def activated(instance: Deployed, number: int | None = None) -> None:
+    """Switch an instance to a generation, the newest unless another one is meant."""
+    instance.switch(number or instance.numbers()[-1], container_unit(instance.module))
     instance.restart()
+
+
+def gates(instances: list[Deployed]) -> list[dict[str, Any]]:
+    """How to ask the current generations."""
+    return [json.loads((instance.link / "gate.json").read_text()) for instance in instances]
 
 
 def reverted(instance: Deployed) -> str:
@@ -261,29 +280,24 @@ def absent(instance: Deployed) -> None:
     instance.systemctl("disable", "--quiet")
     instance.stop()
     instance.module.run_command(["systemctl", "reset-failed", instance.unit])
-    for number in instance.numbers():
-        instance.remove(number)
-    shutil.rmtree(instance.path, ignore_errors=True)
-    if (UNITS / instance.unit).exists():
-        (UNITS / instance.unit).unlink()
-        instance.module.run_command(["systemctl", "daemon-reload"])
+    instance.erase()
 
 
 def activate(module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
-    """Switch instances to their newest generations."""
+    """Switch instances to their newest generations, or to the one that is meant."""
     # the unit may be new, in this run or in one that died
     module.run_command(["systemctl", "daemon-reload"], check_rc=True)
     for instance in instances:
-        activated(instance)
-    return {}
+        activated(instance, module.params["generation"])
+    return {"gates": gates(instances)}
 
 
 def revert(_module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
     """Go back with instances, and say how to ask those that did."""
     outcomes = {instance.name: reverted(instance) for instance in instances}
     back = [instance for instance in instances if outcomes[instance.name] in ("reverted", "restarted")]
-    gates = [json.loads((instance.link / "gate.json").read_text()) for instance in back]
-    return {"changed": any(outcome != "kept" for outcome in outcomes.values()), "outcomes": outcomes, "gates": gates}
+    changed = any(outcome != "kept" for outcome in outcomes.values())
+    return {"changed": changed, "outcomes": outcomes, "gates": gates(back)}
 
 
 def drop(_module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
@@ -305,6 +319,38 @@ def confirm(module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
     return {"changed": confirmed(module, instances)}
 
 
+def outdate(_module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
+    """Take the mark from what is newer than the current generations."""
+    newer = [
+        instance.path / str(number)
+        for instance in instances
+        for number in instance.confirmed()
+        if number > (instance.current() or number)
+    ]
+    for generation in newer:
+        (generation / CONFIRMED).unlink()
+    return {"changed": newer != []}
+
+
+def hold(module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
+    """Keep instances as they are."""
+    since = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    said = f"{module.params['holder']}, since {since}" + (
+        f", {module.params['reason']}" if module.params["reason"] else ""
+    )
+    for instance in instances:
+        write(instance.path / HELD, f"{said}\n", 0o644)
+    return {}
+
+
+def release(_module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
+    """Let instances be changed again."""
+    held = [instance for instance in instances if instance.held()]
+    for instance in held:
+        (instance.path / HELD).unlink()
+    return {"changed": held != []}
+
+
 def remove(_module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
     """Remove instances."""
     for instance in instances:
@@ -318,6 +364,9 @@ STATES = {
     "activated": activate,
     "confirmed": confirm,
     "reverted": revert,
+    "outdated": outdate,
+    "held": hold,
+    "released": release,
     "absent": remove,
 }
 
@@ -333,6 +382,9 @@ ARGUMENTS: dict[str, Any] = {
     "release": {"type": "path"},
     "inputs": {"type": "dict", "default": {}},
     "container_unit": {"type": "path"},
+    "generation": {"type": "int"},
+    "holder": {"type": "str", "default": "somebody"},
+    "reason": {"type": "str", "default": ""},
     "releases_path": {"type": "path"},
     "keep": {"type": "int", "default": 3},
 }

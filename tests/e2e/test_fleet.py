@@ -656,6 +656,30 @@ def test_hosts_that_serve_are_changed_one_after_the_other(fleet: Fleet) -> None:
     assert playbook("site.yml", "--tags", "vllm").recap()[first]["changed"]
 
 
+@pytest.mark.usefixtures("stand_in")
+def test_one_command_puts_an_instance_back_on_every_host(fleet: Fleet) -> None:
+    """To the generations of the test before, one host after the other; the next site.yml leaves them."""
+
+    def lengths() -> list[str]:
+        return [on(worker, "grep max-model-len /etc/vllm/chat/current/config.yaml").strip() for worker in WORKERS]
+
+    wrong = playbook("playbooks/rollback.yml", "-e", "vllm_revert_instance=chatt", check=False)
+    assert "vllm_revert_instance is 'chatt', which is no instance of these hosts" in " ".join(wrong.output.split())
+    before = lengths()
+    done = playbook("playbooks/rollback.yml", "-e", "vllm_revert_instance=chat")
+    assert done.output.count("PLAY [Put the instance back]") == len(WORKERS), done.output
+    assert lengths() == ["max-model-len: 768"] * len(WORKERS)
+    for host in (GATEWAY, *WORKERS):
+        assert on(host, f"ls {LEASE} 2>/dev/null || true") == ""
+    assert {counters["changed"] for counters in playbook("site.yml", "--tags", "vllm").recap().values()} == {0}
+    shown = playbook("playbooks/status.yml")
+    assert shown.output.count("differs; held: ") == len(WORKERS), shown.output
+    for worker in WORKERS:
+        on(worker, "rm /etc/vllm/chat/held")
+    playbook("site.yml", "--tags", "vllm")
+    assert lengths() == before
+
+
 DEATHS = {
     "the controller": "kill -9 of ansible-playbook",
     "both sides": "that, and of the modules that run on the host",

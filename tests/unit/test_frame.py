@@ -274,9 +274,8 @@ def test_every_variable_that_a_playbook_reads_is_described() -> None:
     """What a play sets itself, or registers, is its own."""
     described = set(load(ROOT / "meta" / "fleet_specs.yml")["options"]) | OUTPUTS
     for role in ROLES:
-        described |= set(
-            load(ROOT / "roles" / role / "meta" / "argument_specs.yml")["argument_specs"]["main"].get("options", {})
-        )
+        for entry_point in load(ROOT / "roles" / role / "meta" / "argument_specs.yml")["argument_specs"].values():
+            described |= set(entry_point.get("options", {}))
     own, read = set(), set()
     for path in sorted((ROOT / "playbooks").rglob("*.yml")):
         text = path.read_text()

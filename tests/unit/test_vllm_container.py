@@ -19,7 +19,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils import (
 )
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import GIB
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container_host import ContainerError, Engine
-from ansible_collections.gpufleet.llm.plugins.modules import container_image, vllm_generation, vllm_preflight
+from ansible_collections.gpufleet.llm.plugins.modules import container_image, vllm_generation, vllm_look
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 IMAGE = f"registry.test:5000/team/vllm@{DIGEST}"
@@ -119,6 +119,11 @@ def test_gpus_come_by_their_specification() -> None:
     assert "deploy" not in service()
 
 
+def test_the_gpus_of_a_compose_file_are_read_back() -> None:
+    for gpus in ([0, 3], []):
+        assert vllm_container.gpus_of(json.dumps({"services": {"vllm": service(gpus=gpus)}})) == gpus
+
+
 def test_models_that_lie_elsewhere_are_seen_too() -> None:
     config = {
         "model": "/data/big",
@@ -177,6 +182,10 @@ class Docker:
         return self.answers.get(key, (0, "", ""))
 
 
+def engine_problems(docker: Docker, with_gpus: bool) -> list[str]:
+    return vllm_container.engine_problems(Engine(docker).findings(), with_gpus)
+
+
 def info(tmp_path: Path, **change: Any) -> tuple[int, str, str]:
     return 0, json.dumps({"ServerVersion": "28.5.2", "CDISpecDirs": [str(tmp_path)], **change}), ""
 
@@ -184,20 +193,20 @@ def info(tmp_path: Path, **change: Any) -> tuple[int, str, str]:
 def test_an_engine_that_does_not_answer_is_told(tmp_path: Path) -> None:
     """`docker info` ends with 0 or 1 without an engine, by its version; both say that there is none."""
     no_program = (127, "", "/usr/bin/env: 'docker': No such file or directory")
-    assert "No such file" in Engine(Docker(info=no_program)).problems(with_gpus=False)[0]
+    assert "No such file" in engine_problems(Docker(info=no_program), with_gpus=False)[0]
     down = (0, json.dumps({"ServerErrors": ["Cannot connect to the Docker daemon"]}), "")
-    assert "Cannot connect" in Engine(Docker(info=down)).problems(with_gpus=False)[0]
+    assert "Cannot connect" in engine_problems(Docker(info=down), with_gpus=False)[0]
 
 
 def test_what_an_engine_lacks_is_told(tmp_path: Path) -> None:
-    assert Engine(Docker(info=info(tmp_path))).problems(with_gpus=False) == []
+    assert engine_problems(Docker(info=info(tmp_path)), with_gpus=False) == []
     no_compose = Docker(info=info(tmp_path), compose_version=(1, "", "unknown command"))
-    assert "install its plugin" in Engine(no_compose).problems(with_gpus=False)[0]
+    assert "install its plugin" in engine_problems(no_compose, with_gpus=False)[0]
     old = Docker(info=info(tmp_path, ServerVersion="24.0", CDISpecDirs=None))
-    assert "26.1 or newer" in Engine(old).problems(with_gpus=True)[0]
-    assert "says what nvidia.com/gpu is" in Engine(Docker(info=info(tmp_path))).problems(with_gpus=True)[0]
+    assert "26.1 or newer" in engine_problems(old, with_gpus=True)[0]
+    assert "says what nvidia.com/gpu is" in engine_problems(Docker(info=info(tmp_path)), with_gpus=True)[0]
     (tmp_path / "nvidia.yaml").write_text("kind: nvidia.com/gpu\n")
-    assert Engine(Docker(info=info(tmp_path))).problems(with_gpus=True) == []
+    assert engine_problems(Docker(info=info(tmp_path)), with_gpus=True) == []
 
 
 def test_a_port_of_a_strangers_container_is_told() -> None:
@@ -209,7 +218,8 @@ def test_a_port_of_a_strangers_container_is_told() -> None:
     )
     docker = Docker(container_ls=(0, listed, ""), info=info(Path("/nowhere")))
     assert Engine(docker).published() == {8000: "web", 9000: "range", 9001: "range", 9002: "range"}
-    told = vllm_preflight.published_problems([wanted(), wanted(name="other", config={"port": 8001})], Engine(docker))
+    published = [{"port": port, "container": name} for port, name in Engine(docker).published().items()]
+    told = vllm_fit.published_problems([wanted(), wanted(name="other", config={"port": 8001})], published)
     assert told == ["vllm_instances (chat): port 8000 is published by the container web; choose another or stop it"]
 
 
@@ -331,8 +341,7 @@ class Module:
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A host's directories."""
-    for module in (generations_host, vllm_generation):
-        monkeypatch.setattr(module, "UNITS", tmp_path / "units")
+    monkeypatch.setattr(generations_host, "UNITS", tmp_path / "units")
     monkeypatch.setattr(generations_host, "RUNTIME", tmp_path / "run")
     for name in ("etc", "units", "run/chat"):
         (tmp_path / name).mkdir(parents=True)
@@ -449,6 +458,12 @@ def test_an_instance_that_is_gone_leaves_no_unit(host: Path) -> None:
     assert not (host / "units/vllm@chat.service").exists()
     assert not (host / "etc/chat").exists()
     assert any(" down " in line for line in module.commands)
+
+
+def test_the_look_says_what_a_container_runs(host: Path) -> None:
+    deployed = generations_host.Deployed(run(host, wanted(gpus=[0, 3])), "chat")
+    found = vllm_look.generation_findings(deployed.content(deployed.current()))
+    assert (found["runtime"], found["runs"], found["port"], found["gpus"]) == ("docker", IMAGE, 8000, [0, 3])
 
 
 def test_the_environment_of_a_container_is_in_no_diff(host: Path) -> None:

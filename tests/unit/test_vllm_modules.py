@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils import generations_ho
 from ansible_collections.gpufleet.llm.plugins.modules import (
     completion_gate,
     vllm_generation,
-    vllm_preflight,
+    vllm_look,
     vllm_release,
 )
 
@@ -257,6 +258,7 @@ class FakeModule:
             "release": "/opt/r1",
             "keep": 2,
             "releases_path": None,
+            "generation": None,
             **parameters,
         }
         self.check_mode = False
@@ -281,7 +283,6 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where running instances say which generation they run."""
     monkeypatch.setattr(generations_host, "RUNTIME", tmp_path / "run")
     monkeypatch.setattr(generations_host, "UNITS", tmp_path / "units")
-    monkeypatch.setattr(vllm_generation, "UNITS", tmp_path / "units")
     (tmp_path / "run/chat").mkdir(parents=True)
     (tmp_path / "etc").mkdir()
     return tmp_path / "run/chat/generation"
@@ -363,10 +364,14 @@ def test_another_revision_of_an_adapter_is_a_new_generation(tmp_path: Path) -> N
 def test_an_adapter_that_is_not_there_is_told(tmp_path: Path) -> None:
     adapted = wanted(1)
     adapted["config"]["lora-modules"] = [{"name": "poet", "path": str(tmp_path)}]
-    assert vllm_preflight.missing_adapters([wanted(1)]) == []
-    assert "the adapter 'poet' is not there" in vllm_preflight.missing_adapters([adapted])[0]
+
+    def missing(instance: dict[str, Any]) -> list[str]:
+        return vllm_fit.missing_adapters([instance], {"chat": vllm_look.model_findings(instance)})
+
+    assert missing(wanted(1)) == []
+    assert "the adapter 'poet' is not there" in missing(adapted)[0]
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert vllm_preflight.missing_adapters([adapted]) == []
+    assert missing(adapted) == []
 
 
 def test_an_input_that_changed_is_a_new_generation(tmp_path: Path, runtime: Path) -> None:
@@ -443,6 +448,27 @@ def test_with_nothing_to_go_back_to_the_instance_is_stopped(tmp_path: Path, runt
     assert chat.module.commands[-1] == "systemctl stop vllm@chat.service"
 
 
+def test_an_operator_goes_back_and_what_was_left_is_no_good_one_any_more(tmp_path: Path, runtime: Path) -> None:
+    for length in (1, 2, 3):
+        prepare(tmp_path, length=length)
+        chat = switch(tmp_path, runtime)
+    module = FakeModule(tmp_path / "etc", generation=2, holder="ann@ctl", reason="slow")
+    vllm_generation.hold(module, [chat])
+    assert vllm_generation.activate(module, [chat])["gates"] == [{"name": "chat", "model": "qwen"}]
+    runtime.write_text("2\n")
+    assert vllm_generation.outdate(module, [chat]) == {"changed": True}
+    assert vllm_generation.outdate(module, [chat]) == {"changed": False}
+    assert (chat.current(), chat.numbers(), chat.confirmed()) == (2, [2, 3], [2])
+    assert re.fullmatch(r"ann@ctl, since 20\d\d-\d\d-\d\d \d\d:\d\d UTC, slow", chat.held())
+    assert prepare(tmp_path, length=3)["pending"] == []
+    assert vllm_generation.release(module, [chat]) == {"changed": True}
+    assert vllm_generation.release(module, [chat]) == {"changed": False}
+    assert prepare(tmp_path, length=3)["pending"] == ["chat"]
+    prepare(tmp_path, length=4)
+    chat = switch(tmp_path, runtime, confirm=False)
+    assert (chat.current(), vllm_generation.reverted(chat), chat.current()) == (4, "reverted", 2)
+
+
 def test_old_generations_go_but_never_the_last_good_ones(tmp_path: Path, runtime: Path) -> None:
     for length in range(1, 6):
         prepare(tmp_path, length=length)
@@ -509,6 +535,93 @@ def test_what_the_facts_of_a_host_say_against_its_instances() -> None:
     assert "nvidia-smi fails: no" in vllm_fit.problems([], {**facts, "gpus": [], "gpu_error": "no"}, "cuda")[0]
     assert vllm_fit.weights_problems([instance("c", gpus=[0])], [gpu], {"c": 15.0}) == []
     assert "the weights take 17.0 GB" in vllm_fit.weights_problems([instance("c", gpus=[0])], [gpu], {"c": 17.0})[0]
+
+
+class Systemd(FakeModule):
+    """One that has units which run."""
+
+    def run_command(self, command: list[str], **options: object) -> tuple[int, str, str]:
+        super().run_command(command, **options)
+        if command[:2] != ["systemctl", "show"]:
+            return 1, "", "no Docker here"
+        return 0, "\n\n".join(f"Id={unit}\nActiveState=active\nUnitFileState=enabled" for unit in command[3:]), ""
+
+
+def look(path: Path, *instances: dict[str, Any], **parameters: Any) -> dict[str, Any]:
+    return vllm_look.look(Systemd(path / "etc", wanted=list(instances), **parameters))
+
+
+def judge(
+    findings: dict[str, Any], *instances: dict[str, Any], check_mode: bool = False, **more: Any
+) -> dict[str, Any]:
+    settings = {"device": "cpu", "release_gb": 1, "gpus": [], "memory_bytes": 64 * vllm_fit.GB, "require_models": False}
+    return vllm_fit.judge(findings, instances, {**settings, **more}, check_mode)
+
+
+def complete(path: Path, table: dict[str, Any]) -> dict[str, Any]:
+    """A release that is there."""
+    release = path / "release"
+    release.mkdir()
+    (release / ".complete").touch()
+    (release / "options.json").write_text(json.dumps(table))
+    return {"release": str(release)}
+
+
+def test_the_look_at_a_bare_host_finds_nothing_and_what_is_wanted(tmp_path: Path) -> None:
+    bare = look(tmp_path)
+    assert (bare["deployed"], bare["instances"], bare["release"]["complete"]) == (False, [], False)
+    chat = {**wanted(), "config": {"model": "/nowhere/qwen", "port": 8000}}
+    found = look(tmp_path, chat, release=str(tmp_path / "releases/r1"))
+    (entry,) = found["instances"]
+    assert (entry["wanted"], entry["differs"], entry["current"], entry["runs"]) == (True, True, None, "")
+    said = judge(found, chat, require_models=True, release_gb=10**9)
+    assert (said["pending"], said["obsolete"], said["release_complete"]) == (["chat"], [], False)
+    assert [problem.split(";")[0].split(" has ")[0] for problem in said["problems"]] == [
+        "vllm_instances (chat): the model 'qwen' is not in /nowhere (no /nowhere/qwen/config.json)",
+        str(tmp_path),
+    ]
+    assert judge(found, chat, require_models=True, check_mode=True)["problems"] == [], "the run would bring the model"
+
+
+def test_the_look_says_which_generations_there_are_and_what_they_run(tmp_path: Path, runtime: Path) -> None:
+    there = complete(tmp_path, {"max-model-len": "int", "dtype": "any"})
+
+    def chat(length: int) -> dict[str, Any]:
+        config = {"model": "/nowhere/qwen", "port": 8000, "max-model-len": length}
+        return {**wanted(CUDA_VISIBLE_DEVICES="0,2"), "config": config}
+
+    for length in (1, 2, 3):
+        vllm_generation.prepared(FakeModule(tmp_path / "etc", wanted=[chat(length)], **there))
+        switch(tmp_path, runtime, confirm=length < 3)
+    (tmp_path / "etc/old").mkdir()
+    found = look(tmp_path, chat(4), **there)
+    entry, old = found["instances"]
+    seen = {key: entry[key] for key in ("current", "previous", "running", "confirmed", "active", "enabled", "runtime")}
+    assert seen == {
+        "current": 3, "previous": 2, "running": 3, "confirmed": [1, 2], "active": "active", "enabled": True, "runtime": "systemd",
+    }  # fmt: skip
+    assert (entry["runs"], entry["port"], entry["gpus"]) == (there["release"], 8000, [0, 2])
+    assert (old["name"], old["wanted"], old["current"]) == ("old", False, None)
+    assert found["release"] == {"complete": True, "options": {"max-model-len": "int"}}, "only what is asked about"
+    said = judge(found, chat(4))
+    assert (said["pending"], said["obsolete"], said["problems"], said["warnings"]) == (["chat"], ["old"], [], [])
+
+    for name in ("chat", "old"):
+        (tmp_path / "etc" / name / "held").write_text("ann, since noon")
+    found = look(tmp_path, chat(4), **there)
+    said = judge(found, {**chat(4), "gate": {"name": "chat", "model": "renamed"}})
+    assert (said["pending"], said["obsolete"]) == ([], [])
+    assert "stays as it is, because it is held: ann, since noon. Without" in said["warnings"][0]
+    assert said["gates"] == [{"name": "chat", "model": "qwen"}], "it is asked as it is"
+
+
+def test_the_whole_table_of_options_comes_for_one_that_is_not_in_it(tmp_path: Path) -> None:
+    there = complete(tmp_path, {"max-model-len": "int", "dtype": "any"})
+    wrong = {**wanted(), "config": {"model": "/nowhere/qwen", "port": 8000, "max-modellen": 1}}
+    said = judge(look(tmp_path, wrong, **there), wrong)
+    assert said["problems"] == [
+        "vllm_instances (chat): option 'max-modellen' is not one of vllm serve's; did you mean 'max-model-len'?"
+    ]
 
 
 def test_copied_files_of_a_release_are_no_newer_than_what_was_compiled_from_them(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The tests that change the host build on each other's end state.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -94,6 +95,86 @@ def test_a_change_restarts_only_its_instance_and_starts_a_stopped_one(host: Host
     assert ask(host, 8001, "other-name")[0] == 200
     assert host.file("/etc/vllm/other/current").linked_to == "/etc/vllm/other/2"
     assert host.file("/etc/vllm/other/2/confirmed").exists
+
+
+def shown(host: Host, name: str, **variables: Any) -> str:
+    """The line of an instance in the table of the entry point status, which changes nothing."""
+    told = applied(host, "vllm", entry_point="status", **variables)
+    assert "changed=0" in told
+    (line,) = re.findall(rf"^ +({name} .*)$", told, re.MULTILINE)
+    return " ".join(line.split())
+
+
+def test_the_status_says_what_runs_and_how_it_stands_to_the_inventory(host: Host) -> None:
+    before = host.check_output("find /etc/vllm /opt/vllm -type f -newermt @0 -printf '%p %T@\\n' | sort")
+    instances = [CHAT, {**PLAIN, "port": 8002}, {**OTHER, "name": "third"}]
+    release = host.check_output("basename $(readlink /etc/vllm/chat/current/release)")
+    assert shown(host, "chat", vllm_instances=instances) == f"chat 1 - {release} active 8000 as wanted"
+    assert shown(host, "other", vllm_instances=instances) == f"other 2 1 {release} active 8001 differs"
+    assert shown(host, "third", vllm_instances=instances) == "third - - - inactive - not there yet"
+    assert shown(host, "other", vllm_instances=[CHAT]) == f"other 2 1 {release} active 8001 is not in it"
+    assert shown(host, "chat", vllm_instances=[CHAT, PLAIN], vllm_internal_key="f" * 64).endswith(" differs")
+    assert host.check_output("find /etc/vllm /opt/vllm -type f -newermt @0 -printf '%p %T@\\n' | sort") == before
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("chatt", "there is no vLLM instance 'chatt' here; there is chat, other. Nothing has been changed."),
+        ("chat", "vLLM instance chat has no generation before 1 that ever answered. Nothing has been changed."),
+    ],
+)
+def test_what_cannot_go_back_is_refused(host: Host, name: str, expected: str) -> None:
+    assert expected in refused(host, "vllm", entry_point="revert", vllm_revert_instance=name)
+    assert host.run("ls /etc/vllm/*/held").rc != 0
+
+
+def test_an_instance_goes_back_and_stays_there_until_nobody_holds_it(host: Host) -> None:
+    before, instances = main_pid(host, "chat"), [CHAT, PLAIN]
+    told = applied(
+        host,
+        "vllm",
+        entry_point="revert",
+        vllm_revert_instance="other",
+        vllm_revert_reason="too short",
+        vllm_instances=instances,
+    )
+    assert "The earlier generation answers a completion" in told
+    assert (generation(host, "other"), main_pid(host, "chat")) == ("1", before)
+    assert host.file("/etc/vllm/other/current").linked_to == "/etc/vllm/other/1"
+    assert not host.file("/etc/vllm/other/2/confirmed").exists, "what follows would go back to it"
+    held = host.file("/etc/vllm/other/held").content_string.strip()
+    assert re.fullmatch(r"\S+@\S+, since 20\d\d-\d\d-\d\d \d\d:\d\d UTC, back from generation 2 to 1: too short", held)
+
+    assert f"is held: {held}" in refused(host, "vllm", entry_point="revert", vllm_revert_instance="other")
+    assert shown(host, "other", vllm_instances=instances).endswith(f"active 8001 differs; held: {held}")
+    # with another port and another name than the inventory has for it
+    renamed = {**PLAIN, "port": 8009, "options": {"served-model-name": ["new-name"]}}
+    told = applied(host, "vllm", vllm_instances=[CHAT, renamed])
+    assert f"is held: {held}." in " ".join(told.split())
+    assert "changed=0" in told
+    assert (generation(host, "other"), ask(host, 8001, "other-name")[0]) == ("1", 200)
+
+    host.check_output("rm /etc/vllm/other/held")
+    applied(host, "vllm", vllm_instances=instances)
+    assert (generation(host, "other"), main_pid(host, "chat")) == ("2", before)
+    assert host.file("/etc/vllm/other/2/confirmed").exists
+
+
+def test_an_instance_that_does_not_answer_where_it_went_back_to_comes_forth_again(host: Host) -> None:
+    """As if the host had changed under the earlier generation."""
+    file = "/etc/vllm/other/1/environment"
+    fault = json.dumps({"answers": "500"}).replace('"', r"\"")
+    host.check_output(f"cp -a {file} /root/environment && echo %s >>{file}", f'STAND_IN="{fault}"')
+    told = refused(host, "vllm", entry_point="revert", vllm_revert_instance="other", vllm_start_timeout=12)
+    assert "vLLM instance other on" in told
+    assert "did not come up with generation 1: no completion after 12 s: HTTP 500" in told
+    assert "Generation 2 is back and answers." in told
+    assert (generation(host, "other"), ask(host, 8001, "other-name")[0]) == ("2", 200)
+    assert host.file("/etc/vllm/other/2/confirmed").exists
+    assert host.run("ls /etc/vllm/*/held").rc != 0
+    host.check_output(f"mv /root/environment {file}")
+    assert "changed=0" in applied(host, "vllm", vllm_instances=[CHAT, PLAIN])
 
 
 def test_an_environment_that_kills_every_start_is_refused_before_anything_stops(host: Host) -> None:

@@ -1,0 +1,344 @@
+#!/usr/bin/python
+# Copyright: the vLLM Fleet authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a host has for its vLLM instances, and which of them it has: this is the part that runs there."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vllm_look
+version_added: 0.1.0
+author: The vLLM Fleet authors (@gpufleet)
+short_description: Looks at the vLLM instances of a host and at what they need
+description:
+  - Says in one call what the facts of the host do not say, and changes nothing. The instances that are there with their generations and units, and for
+    those that are wanted their models and adapters, the release and its options, disk space, and for containers the engine and its images.
+  - With O(settings) it also says, on the controller, what stands in the way of the wanted instances and what has to change. It does not fail by itself.
+options:
+  config_path:
+    description: Directory of the instances, as M(gpufleet.llm.vllm_generation) takes it.
+    type: path
+    default: /etc/vllm
+  wanted:
+    description: Instances as the filter P(gpufleet.llm.vllm_wanted#filter) gives them, with C(gpus) of the inventory.
+    type: list
+    elements: dict
+    default: []
+  release:
+    description: Directory of the wanted release.
+    type: path
+    default: /nonexistent
+  inputs:
+    description: Files that an instance reads beside its generation, as M(gpufleet.llm.vllm_generation) takes them.
+    type: dict
+    default: {}
+  container_unit:
+    description: The unit of instances in containers, as M(gpufleet.llm.vllm_generation) takes it.
+    type: path
+  settings:
+    description:
+      - What to judge by. C(device), where the instances compute, V(cuda) or V(cpu); C(gpus) and C(memory_bytes) of the host, as
+        M(gpufleet.llm.host_facts) gives them; C(release_gb), disk space in GB that a release takes while it is built.
+      - C(require_models) says whether a model or an engine that is not there is a problem. In check mode a model never is, because the run would bring
+        it, and an engine is not before the first instance runs.
+      - Without it nothing is judged.
+    type: dict
+attributes:
+  check_mode:
+    description: Changes nothing.
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Look at the instances that are there
+  gpufleet.llm.vllm_look:
+  register: look
+
+- name: The instance chat runs its current generation
+  ansible.builtin.assert:
+    that: look.findings.instances | selectattr('name', 'equalto', 'chat') | map(attribute='active') | first == 'active'
+"""
+
+RETURN = r"""
+problems:
+  description: One sentence for each thing that stands in the way.
+  returned: when O(settings) is given
+  type: list
+  elements: str
+release_complete:
+  description: Whether the release was built to its end, or no instance needs it.
+  returned: when O(settings) is given
+  type: bool
+missing_images:
+  description: Images that are not there.
+  returned: when O(settings) is given
+  type: list
+  elements: str
+pending:
+  description: Instances that do not run a confirmed generation with the wanted content and that nobody holds.
+  returned: when O(settings) is given
+  type: list
+  elements: str
+obsolete:
+  description: Instances on the host that are not among the wanted ones and that nobody holds.
+  returned: when O(settings) is given
+  type: list
+  elements: str
+gates:
+  description: How to ask the wanted instances, for M(gpufleet.llm.completion_gate); one that is held as it is.
+  returned: when O(settings) is given
+  type: list
+  elements: dict
+findings:
+  description: What was found.
+  returned: always
+  type: dict
+  contains:
+    node:
+      description: The host's own name.
+      type: str
+    deployed:
+      description: Whether anything was ever deployed.
+      type: bool
+    container_files:
+      description: Whether the host has what instances in containers need beside their generations. It keeps it, because one may come back to a container.
+      type: bool
+    instances:
+      description: Instances that are there or wanted.
+      type: list
+      elements: dict
+      contains:
+        name:
+          description: Its name.
+          type: str
+        path:
+          description: Its directory.
+          type: str
+        wanted:
+          description: Whether it is among O(wanted).
+          type: bool
+        differs:
+          description: Whether it is wanted and does not run a confirmed generation with the wanted content.
+          type: bool
+        held:
+          description: Who wants it to stay as it is, since when and why; empty when nobody does.
+          type: str
+        generations:
+          description: Numbers of the generations that are there.
+          type: list
+          elements: int
+        confirmed:
+          description: Numbers of those that answered.
+          type: list
+          elements: int
+        current:
+          description: Number of the current one; none before there is one.
+          type: int
+        previous:
+          description: Number of the last one before it that answered, where going back leads.
+          type: int
+        running:
+          description: Number of the one that the unit was started with, when it runs.
+          type: int
+        runtime:
+          description: What runs the current one, V(systemd) or V(docker).
+          type: str
+        runs:
+          description: Its release or image.
+          type: str
+        port:
+          description: Its port.
+          type: int
+        gpus:
+          description: The GPUs that it may use.
+          type: list
+          elements: int
+        gate:
+          description: How to ask it.
+          type: dict
+        active:
+          description: State of its unit, such as V(active), V(activating), V(failed) or V(inactive).
+          type: str
+        enabled:
+          description: Whether its unit starts at boot.
+          type: bool
+    models:
+      description: For each wanted instance whether its model is there (C(present)), C(weights_bytes), and the paths of C(adapters) that are there.
+      type: dict
+    release:
+      description: Whether it is C(complete). If so C(options), what its C(vllm serve) says of the options that are wanted, of all when it does not know one;
+        else C(parent), where it would be built, and C(free_bytes) there.
+      type: dict
+    engine:
+      description: The Docker engine with C(version), C(compose), C(cdi_directories) and C(cdi), or C(complaint) where none answers. Empty when no wanted
+        instance runs in a container.
+      type: dict
+    published:
+      description: Wanted ports that containers of others publish, each with C(port) and C(container).
+      type: list
+      elements: dict
+    images:
+      description: Wanted images that are there.
+      type: list
+      elements: str
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_container
+from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import checked_options
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container_host import Engine
+
+
+def weights_bytes(model: Path) -> int:
+    """Size of the weights of a model directory."""
+    for pattern in ("*.safetensors", "*.bin", "*.gguf"):
+        if size := sum(file.stat().st_size for file in model.glob(pattern)):
+            return size
+    return 0
+
+
+def model_findings(wanted: dict[str, Any]) -> dict[str, Any]:
+    """The model and the adapters of a wanted instance."""
+    model = Path(wanted["config"]["model"])
+    adapters = [entry["path"] for entry in wanted["config"].get("lora-modules", [])]
+    return {
+        "present": (model / "config.json").is_file(),
+        "weights_bytes": weights_bytes(model.resolve()),
+        "adapters": [path for path in adapters if (Path(path) / "adapter_config.json").is_file()],
+    }
+
+
+def release_findings(release: Path, served: list[dict[str, Any]]) -> dict[str, Any]:
+    """The release, and what its options are compared with."""
+    if not (release / ".complete").is_file():
+        parent = next(path for path in release.parents if path.is_dir())
+        return {"complete": False, "parent": str(parent), "free_bytes": shutil.disk_usage(parent).free}
+    options: dict[str, Any] = json.loads((release / "options.json").read_text()) if served else {}
+    used = {name for instance in served for name in checked_options(instance["config"])}
+    known = {name: options[name] for name in used if name in options}
+    return {"complete": True, "options": known if len(known) == len(used) else options}
+
+
+def units(module: AnsibleModule, names: list[str]) -> dict[str, dict[str, str]]:
+    """What systemd says of the units of instances, by the names of the units."""
+    if not names:
+        return {}
+    command = [
+        "systemctl",
+        "show",
+        "--property=Id,ActiveState,UnitFileState",
+        *(f"vllm@{name}.service" for name in names),
+    ]
+    blocks = module.run_command(command)[1].split("\n\n")
+    states = [dict(line.split("=", 1) for line in block.splitlines() if "=" in line) for block in blocks]
+    return {state["Id"]: state for state in states if "Id" in state}
+
+
+def generation_findings(content: dict[str, str]) -> dict[str, Any]:
+    """What a generation runs, and where; of one that is not there, nothing."""
+    if not content:
+        return {"runtime": "", "runs": "", "port": None, "gpus": [], "gate": {}}
+    options = dict(line.split(": ", 1) for line in content["config.yaml"].splitlines())
+    compose = content.get(vllm_container.COMPOSE)
+    if compose:
+        gpus = vllm_container.gpus_of(compose)
+    else:
+        named = [
+            line.partition("=")[2]
+            for line in content["environment"].splitlines()
+            if line.startswith("CUDA_VISIBLE_DEVICES=")
+        ]
+        gpus = [int(gpu) for gpu in "".join(named).strip('"').split(",") if gpu.isdigit()]
+    return {
+        "runtime": "docker" if compose else "systemd",
+        "runs": vllm_container.image_of(compose) if compose else content["release"],
+        "port": json.loads(options["port"]) if "port" in options else None,
+        "gpus": gpus,
+        "gate": json.loads(content["gate.json"]),
+    }
+
+
+def instance_findings(module: AnsibleModule) -> list[dict[str, Any]]:
+    """The instances that are wanted or there."""
+    wanted = {entry["name"]: entry for entry in module.params["wanted"]}
+    there = generations_host.there(module.params["config_path"])
+    names = [*wanted, *(name for name in there if name not in wanted)]
+    states = units(module, names)
+    inputs = generations_host.fingerprints(module.params["inputs"])
+    found = []
+    for name in names:
+        deployed = generations_host.Deployed(module, name)
+        state = states.get(deployed.unit, {})
+        current, confirmed = deployed.current(), deployed.confirmed()
+        running = deployed.started() if state.get("ActiveState") == "active" else None
+        differs = False
+        if name in wanted:
+            content = generations_host.wanted_content(wanted[name], inputs, module.params["release"])
+            differs = generations_host.differs(deployed, content, running)
+        found.append(
+            {
+                "name": name,
+                "path": str(deployed.path),
+                "wanted": name in wanted,
+                "differs": differs,
+                "held": deployed.held(),
+                "generations": deployed.numbers(),
+                "confirmed": confirmed,
+                "current": current,
+                "previous": max((number for number in confirmed if number < (current or 0)), default=None),
+                "running": running,
+                "active": state.get("ActiveState", ""),
+                "enabled": state.get("UnitFileState") == "enabled",
+                **generation_findings(deployed.content(current)),
+            }
+        )
+    return found
+
+
+def look(module: AnsibleModule) -> dict[str, Any]:
+    """The findings."""
+    wanted: list[dict[str, Any]] = module.params["wanted"]
+    contained = [instance for instance in wanted if "container" in instance]
+    served = [instance for instance in wanted if "container" not in instance]
+    ports = {instance["config"]["port"] for instance in wanted}
+    images = dict.fromkeys(instance["container"]["image"] for instance in contained)
+    engine = Engine(commands(module))
+    published = engine.published() if wanted else {}
+    return {
+        "node": os.uname().nodename,
+        "deployed": Path(module.params["config_path"]).is_dir(),
+        "container_files": Path(module.params["container_unit"] or "/nonexistent").exists(),
+        "instances": instance_findings(module),
+        "models": {instance["name"]: model_findings(instance) for instance in wanted},
+        "release": release_findings(Path(module.params["release"]), served),
+        "engine": engine.findings() if contained else {},
+        "published": [{"port": port, "container": name} for port, name in published.items() if port in ports],
+        "images": [image for image in images if engine.has(image)],
+    }
+
+
+ARGUMENTS: dict[str, Any] = {
+    "config_path": {"type": "path", "default": "/etc/vllm"},
+    "wanted": {"type": "list", "elements": "dict", "default": [], "no_log": False},
+    "release": {"type": "path", "default": "/nonexistent"},
+    "inputs": {"type": "dict", "default": {}},
+    "container_unit": {"type": "path"},
+    "settings": {"type": "dict"},  # the action keeps it
+}
+
+
+def main() -> None:
+    """Look, and tell."""
+    module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
+    module.exit_json(changed=False, findings=look(module))
+
+
+if __name__ == "__main__":
+    main()
