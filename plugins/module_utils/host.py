@@ -23,7 +23,6 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
 
 ROOT = Path("/")
 HELD_UPDATES = Path("/var/lib/vllm-fleet/held-updates.json")
-PROGRAM_RECORDS = Path("/usr/local/lib/wheel_program")
 PROC = Path("/proc")
 DISTRIBUTIONS = {"debian": "Debian", "ubuntu": "Ubuntu"}  # as the facts of ansible.builtin.setup spell them
 
@@ -158,30 +157,6 @@ def lists_age(root: Path = ROOT, now: float | None = None) -> int | None:
         with contextlib.suppress(OSError):
             times.append(path.stat().st_mtime)
     return max(0, int((time.time() if now is None else now) - max(times))) if times else None
-
-
-def program_state(path: Path) -> dict[str, int]:
-    """What tells cheaply whether a program was touched."""
-    status = path.stat()
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "mode": status.st_mode & 0o7777}
-
-
-def programs(records: Path = PROGRAM_RECORDS) -> dict[str, dict[str, Any]]:
-    """The programs of wheels that the module wheel_program installed, by the records that it keeps; none that was touched since."""
-    found = {}
-    for record in sorted(records.glob("*.json")):
-        try:
-            known = json.loads(record.read_text())
-            directory = Path(known["directory"])
-            if all(program_state(directory / name) == state for name, state in known["programs"].items()):
-                names = list(known["programs"])
-                found[record.stem] = {
-                    **{key: known[key] for key in ("version", "sha256", "directory")},
-                    "programs": names,
-                }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return found
 
 
 def parse_units(text: str) -> dict[str, str]:

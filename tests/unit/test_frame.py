@@ -393,6 +393,18 @@ def test_the_uv_of_the_controller_is_the_uv_of_the_hosts() -> None:
     assert [cpu for cpu, digest in defaults["uv_sha256"].items() if f"sha256:{digest}" not in pinned] == []
 
 
+def test_no_default_names_a_public_package_index() -> None:
+    """Empty means what the host uses."""
+    texts = [
+        path
+        for directory in ("defaults", "vars", "templates")
+        for path in (ROOT / "roles").glob(f"*/{directory}/**/*")
+        if path.is_file()
+    ]
+    assert len(texts) > 40
+    assert [path for path in texts if re.search(r"pypi\.org|pythonhosted\.org", path.read_text())] == []
+
+
 def test_generated_documents_are_up_to_date() -> None:
     assert load_module(ROOT / "tools" / "docs.py").stale() == [], "make docs"
 

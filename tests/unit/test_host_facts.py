@@ -400,7 +400,7 @@ def test_the_module_runs_as_a_task() -> None:
     facts = result["ansible_facts"]["gpufleet"]
     assert facts.keys() == {
         "distribution", "release", "codename", "architecture", "kernel", "python", "container", "service_manager", "memory_bytes",
-        "cpus", "packages", "programs", "trees", "lists_age_seconds", "units", "users", "groups", "ports", "mounts", "gpus", "gpu_error", "paths",
+        "cpus", "packages", "uv", "trees", "lists_age_seconds", "units", "users", "groups", "ports", "mounts", "gpus", "gpu_error", "paths",
         "held_updates", "group_members",
     }  # fmt: skip
     assert facts["users"]["root"] == 0

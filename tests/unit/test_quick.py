@@ -100,7 +100,7 @@ def test_a_quick_module_needs_nothing_of_ansible(name: str) -> None:
 
 def test_what_needs_ansible_itself_is_refused() -> None:
     with pytest.raises(ValueError, match=r"needs Ansible itself: from ansible.*open_url"):
-        quick.texts("wheel_program")
+        quick.texts("managed_python")
 
 
 def test_everything_that_a_module_imports_comes_along() -> None:
