@@ -6,7 +6,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: vllm_preflight
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Looks at a host and says what stands in the way of its vLLM instances
 description:
   - Looks at what the facts of the host do not tell, in one call, and changes nothing; at models, their weights and adapters, the release, its options,
