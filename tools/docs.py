@@ -159,12 +159,16 @@ def what_lands(role: str, options: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
+def example(role: str) -> str:
+    """A playbook that shows the main variables of a role."""
+    return (ROOT / "roles" / role / "meta" / "example.yml").read_text().removeprefix("---\n").strip()
+
+
 def role_readme(role: str) -> str:
     """README.md of a role."""
     spec = entry(role)
-    example = (ROOT / "roles" / role / "meta" / "example.yml").read_text().removeprefix("---\n").strip()
     about = "\n".join(f"- {line}" for line in sentences(spec.get("description")))
-    return f"""{GENERATED}
+    return f"""{GENERATED.replace("meta/argument_specs.yml", "the role's files")}
 # gpufleet.llm.{role}
 
 {markdown(spec["short_description"])}.
@@ -185,7 +189,7 @@ list.
 ## Use
 
 ```yaml
-{example}
+{example(role)}
 ```
 """
 

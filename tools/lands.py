@@ -193,7 +193,7 @@ class Role:
                     self.rendered(place.path), what, bare(place.mode) if place.kind != "link" else "",
                     self.rendered(place.owner), self.rendered(place.group), bare(place.when) if place.when is not True else "",
                 )  # fmt: skip
-                sometimes = place.secret and isinstance(secrets, str)
+                sometimes = place.secret and place.mirrors and isinstance(secrets, str)
                 yield replace(landing, what="file or secret") if sometimes else landing
 
     def mirrored(self, arguments: Mapping[str, Any]) -> dict[str, Path]:

@@ -15,11 +15,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import ansible_test
+import ansible
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = Path(ansible_test.__path__[0]) / "_util/controller/sanity"
+PROGRAMS = Path(ansible.__path__[0]).parent / "ansible_test/_util/controller/sanity"
 COLLECTIONS = ROOT / ".collections"
 # By the name of its directory, what the programs call it.
 KINDS = {"modules": "module", "callback": "callback"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def test_what_a_program_finds_or_breaks_at_is_reported(monkeypatch: pytest.Monke
     found = '{"plugins/modules/tree.py": {"errors": [{"code": "%s", "msg": "is wrong"}]}}'
 
     def answer(code: str, returncode: int = 3, stderr: str = "") -> None:
-        done = sanity.subprocess.CompletedProcess([], returncode, found % code, stderr)
+        done = subprocess.CompletedProcess([], returncode, found % code, stderr)
         monkeypatch.setattr(sanity, "run", lambda command, given="": done)
 
     answer("invalid-documentation")
