@@ -18,7 +18,13 @@ import yaml
 from ansible.plugins.filter.core import FilterModule
 from ansible.plugins.filter.urlsplit import FilterModule as UrlFilters
 from ansible_collections.gpufleet.llm.plugins.action import tree
-from ansible_collections.gpufleet.llm.plugins.module_utils import firewall_host, ssh_guard_host
+from ansible_collections.gpufleet.llm.plugins.module_utils import (
+    container_toolkit_host,
+    docker_host,
+    firewall_host,
+    ssh_guard_host,
+)
+from ansible_collections.gpufleet.llm.plugins.modules import model_share
 from jinja2 import Environment, StrictUndefined, TemplateError, meta
 
 PLUGINS = "ansible_collections.gpufleet.llm.plugins"
@@ -50,6 +56,14 @@ FIXED = {
         str(ssh_guard_host.DIRECTORY): "what was before, while a change is tried",
         str(ssh_guard_host.UNIT_FILE): "undoes it at a boot, while a change is tried",
     },
+}
+# Units that they start, or restart.
+UNITS = {
+    "gpufleet.llm.container_toolkit": [container_toolkit_host.REFRESH, container_toolkit_host.REFRESH_PATH],
+    "gpufleet.llm.docker_engine": [docker_host.UNIT],
+    "gpufleet.llm.firewall_table": [f"{firewall_host.TIMER}.timer"],
+    "gpufleet.llm.model_share": [f"{model_share.UNIT}.service"],
+    "gpufleet.llm.ssh_change": [f"{ssh_guard_host.UNIT}.timer"],
 }
 KINDS = {"directory": "directory"}
 UNIT = re.compile(r"/etc/systemd/system/([^/]+\.(?:service|socket|timer|mount|path|target))(?:\.d/|$)")
@@ -242,6 +256,8 @@ class Role:
         for given, _task in self.calls("ansible.builtin.systemd_service"):
             name = self.rendered(given.get("name", ""))
             found |= {name} if name.strip("*") not in ("", ".service") else set()
+        for module, units in UNITS.items():
+            found |= set(units) if any(self.calls(module)) else set()
         return sorted(found)
 
     def users(self) -> list[str]:
