@@ -239,6 +239,7 @@ def lint_jobs() -> list[Job]:
     ]
     return [
         Job("ansible-lint", ["ansible-lint", "-c", ".config/ansible-lint.yml", "--strict"]),
+        Job("sanity", [sys.executable, "tools/sanity.py"]),
         Job("yamllint", ["yamllint", "--strict", "."]),
         Job("ruff check", ["ruff", "check"]),
         Job("ruff format", ["ruff", "format", "--check", "--diff"]),

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,56 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "notify": {"type": "dict", "default": {}},
     "state_path": {"type": "path", "default": STATE_PATH},
 }
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the arguments say of one path, before anything is rendered."""
+
+    path: str
+    kind: str = "file"
+    mirrors: Path | None = None  # the file of the role that it mirrors
+    stated: Mapping[str, Any] | None = None  # or the entry of `files`
+    when: Any = True
+    mode: str = "0644"
+    owner: str = "root"
+    group: str = "root"
+    secret: bool = False
+    target: str = ""  # of a link
+
+
+def mirrored(source: Path | None, exclude: Sequence[str], named: Set[Path]) -> dict[str, Path]:
+    """The files of a directory that mirrors the host, by their path there. `named` are those that have an entry of their own."""
+    found, unused = {}, set(exclude)
+    for file in sorted(source.rglob("*")) if source else []:
+        relative = file.relative_to(source or "")
+        excluded = {pattern for pattern in exclude if fnmatch.fnmatchcase(str(relative), pattern)}
+        unused -= excluded
+        ignored = file.name.startswith("_") or any(fnmatch.fnmatchcase(file.name, pattern) for pattern in IGNORED)
+        if len(relative.parts) > 1 and file.is_file() and not (excluded or ignored or file.resolve() in named):
+            found[f"/{relative.with_suffix('') if file.suffix == '.j2' else relative}"] = file
+    if unused:
+        raise TreeError(f"exclude: {', '.join(sorted(unused))} matches no file of {source}")
+    return found
+
+
+def places(arguments: Mapping[str, Any], files: Mapping[str, Path]) -> Iterator[Place]:
+    """All paths that the arguments name, and those of the mirrored files. tools/docs.py reads them too, of arguments that are not rendered."""
+    for parameter in ("modes", "when", "secrets"):
+        for path in arguments[parameter]:
+            if path not in files:
+                raise TreeError(f"{parameter}: {path} is not the path of a mirrored file")
+    owned = {name: arguments[name] for name in OWNED}
+    for path, file in files.items():
+        said = {"when": arguments["when"].get(path, True), "mode": arguments["modes"].get(path, "0644")}
+        yield Place(path, mirrors=file, secret=path in arguments["secrets"], **said, **owned)
+    for kind, entries in (("file", arguments["files"]), ("directory", arguments["directories"])):
+        for entry in entries:
+            common = {"mode": entry["mode"], **{name: entry[name] or default for name, default in owned.items()}}
+            more = {"stated": entry, "when": entry["when"], "secret": entry["secret"]} if kind == "file" else {}
+            yield Place(entry["path"], kind, **common, **more)
+    for entry in arguments["links"]:
+        yield Place(entry["path"], "link", target=entry["target"])
 
 
 class ActionModule(QuickCalls):
@@ -116,7 +167,6 @@ class Wanted:
         self.action = action
         self.arguments = arguments
         self.variables = variables
-        self.owned = {name: arguments[name] for name in OWNED}
         role = action._task._role
         base = Path(role._role_path, "templates") if role else Path(action._loader.get_basedir())
         self.base = base.resolve()  # the one name of a directory that is reached by links, so that files compare
@@ -145,46 +195,20 @@ class Wanted:
 
     def entries(self) -> Iterator[Entry]:
         """Everything that is wanted."""
-        stated = self.arguments["files"]
-        named = {self.find("template", entry["template"]) for entry in stated if entry["template"] is not None}
-        mirrored = dict(self.mirrored(named))
-        for parameter in ("modes", "when", "secrets"):
-            for path in self.arguments[parameter]:
-                if path not in mirrored:
-                    raise TreeError(f"{parameter}: {path} is not the path of a mirrored file")
-        for path, file in mirrored.items():
-            if not boolean(self.arguments["when"].get(path, True)):
-                continue
-            content = self.render(file, path) if file.suffix == ".j2" else self.read(file)
-            mode = self.arguments["modes"].get(path, "0644")
-            yield Entry(path, content=content, mode=mode, secret=path in self.arguments["secrets"], **self.owned)
-        for entry in stated:
-            if entry["when"]:
-                yield Entry(entry["path"], content=self.content(entry), secret=entry["secret"], **self.common(entry))
-        for entry in self.arguments["directories"]:
-            yield Entry(entry["path"], "directory", **self.common(entry))
-        for entry in self.arguments["links"]:
-            yield Entry(entry["path"], "link", target=entry["target"])
+        named = [file["template"] for file in self.arguments["files"] if file["template"] is not None]
+        files = mirrored(self.source, self.arguments["exclude"], {self.find("template", name) for name in named})
+        for place in places(self.arguments, files):
+            if boolean(place.when):
+                attributes = {name: getattr(place, name) for name in ("kind", "target", "mode", *OWNED, "secret")}
+                yield Entry(place.path, content=self.content(place), **attributes)
 
-    def common(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """Mode and owners of an entry."""
-        return {"mode": entry["mode"], **{name: entry[name] or default for name, default in self.owned.items()}}
-
-    def mirrored(self, named: set[Path]) -> Iterator[tuple[str, Path]]:
-        """Path on the host and file here of all that is mirrored."""
-        source, unused = self.source, set(self.arguments["exclude"])
-        for file in sorted(source.rglob("*")) if source else []:
-            relative = file.relative_to(source or "")
-            excluded = {pattern for pattern in self.arguments["exclude"] if fnmatch.fnmatchcase(str(relative), pattern)}
-            unused -= excluded
-            ignored = file.name.startswith("_") or any(fnmatch.fnmatchcase(file.name, pattern) for pattern in IGNORED)
-            if len(relative.parts) > 1 and file.is_file() and not (excluded or ignored or file.resolve() in named):
-                yield f"/{relative.with_suffix('') if file.suffix == '.j2' else relative}", file
-        if unused:
-            raise TreeError(f"exclude: {', '.join(sorted(unused))} matches no file of {source}")
-
-    def content(self, entry: dict[str, Any]) -> bytes:
-        """The content of an entry of `files`."""
+    def content(self, place: Place) -> bytes:
+        """The content of a file."""
+        if place.mirrors:
+            return self.render(place.mirrors, place.path) if place.mirrors.suffix == ".j2" else self.read(place.mirrors)
+        if not place.stated:
+            return b""
+        entry = place.stated
         kinds = [kind for kind in ("template", "content", "source") if entry[kind] is not None]
         if len(kinds) != 1:
             raise TreeError(

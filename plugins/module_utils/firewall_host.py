@@ -25,6 +25,8 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.program import Comman
 TABLE = ["inet", "vllm_fleet"]
 UNIT = "vllm-fleet-firewall.service"
 TIMER = "vllm-fleet-firewall-rollback"
+BOOT_FILE = "/etc/vllm-fleet/firewall.nft"
+RECORD = "/var/lib/vllm-fleet/firewall.json"
 REPLACE = "table inet vllm_fleet\ndelete table inet vllm_fleet\n"
 # Other firewalls, and what says that each would be there after the next boot or is there now.
 FIREWALLD = "firewalld.service"
@@ -75,8 +77,8 @@ class Firewall:
     tried: Path = field(init=False)
 
     def __post_init__(self) -> None:
-        self.boot_file = self.root / "etc/vllm-fleet/firewall.nft"
-        self.record = self.root / "var/lib/vllm-fleet/firewall.json"
+        self.boot_file = self.root / BOOT_FILE[1:]
+        self.record = self.root / RECORD[1:]
         # There while rules are loaded that nobody has proved.
         self.previous = self.root / "run/vllm-fleet/firewall/previous.nft"
         self.tried = self.root / "run/vllm-fleet/firewall/tried.nft"

@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: apt_source
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Trusts one repository of apt by the fingerprint of its key
 description:
   - Fetches the key file of a repository when the one on the host is not the expected one, and refuses it when it holds any other key. No gpg is
@@ -112,7 +112,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.program import comman
 
 ARGUMENTS: dict[str, Any] = {
     "state": {"type": "str", "choices": ["looked", "trusted", "held", "unheld"], "default": "looked"},
-    "key_path": {"type": "str", "default": ""},
+    "key_path": {"type": "str", "default": "", "no_log": False},
     # not secrets, whatever their names look like
     "key_fingerprints": {"type": "list", "elements": "str", "default": [], "no_log": False},
     "key_url": {"type": "str", "default": "", "no_log": False},

@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: certificate_pair
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Tells whether a certificate and its key are those that are wanted
 description:
   - Looks at C(fullchain.pem) and C(privkey.pem) of a directory in one call, by C(openssl) on the host, and changes nothing.

@@ -6,7 +6,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: check_inputs
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Refuses variables of a role that cannot work, all of them at once
 description:
   - To be used by a task of a role. Runs on the controller and changes nothing.

@@ -6,7 +6,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: completion_gate
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Waits until vLLM instances have answered a one-token completion
 description:
   - Asks every instance at the same time, with its real model name, until it answers or the deadline is over.

@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: container_image
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Has images on a host, from a registry or from an archive
 description:
   - Fetches the images that are not there. One that is named by its digest is what that digest means, whatever the registry says.

@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: container_toolkit
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Keeps the specification by which containers get GPUs (CDI) what the GPUs are
 description:
   - Compares what C(nvidia-ctk cdi list) names with what C(nvidia-smi -L) shows, parts of divided GPUs (MIG) included, and looks whether the

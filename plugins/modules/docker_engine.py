@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: docker_engine
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Has a Docker engine take over its daemon.json without ending containers
 description:
   - Knows what a running engine was told when it was started, and compares that with what its file has to say. So a restart that could not be done

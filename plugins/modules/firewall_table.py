@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: firewall_table
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Replaces one nftables table without locking anybody out
 description:
   - Owns the table C(inet vllm_fleet), and touches no other. It is replaced as a whole, in one transaction of the kernel.

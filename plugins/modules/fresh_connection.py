@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: fresh_connection
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Proves that a host can still be reached by a new connection
 description:
   - Opens a second connection to the host with the connection plugin, address, port, user, key and jump hosts of the task, and logs in. An SSH

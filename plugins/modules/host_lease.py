@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: host_lease
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Makes sure that one run at a time changes a host
 description:
   - A run takes the lease of its hosts before it changes them, and lets go of them at its end. Another run is refused meanwhile, and told who

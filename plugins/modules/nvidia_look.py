@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: nvidia_look
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Looks at the NVIDIA devices and the driver of a host
 description:
   - Says in one call what devices are on the PCI bus, which kernel modules are loaded and on disk, which packages there are and where they came

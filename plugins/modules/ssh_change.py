@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: ssh_change
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Watches over a change of SSH, and has sshd take it over
 description:
   - V(armed) remembers files and starts a timer on the host that puts them back. V(reloaded) has sshd, or the socket that systemd listens on for

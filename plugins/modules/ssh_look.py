@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: ssh_look
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Compares what sshd does with what is wanted of it
 description:
   - Asks C(sshd -T), C(ssh -Q) and systemd in one call, and changes nothing.

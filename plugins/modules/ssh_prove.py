@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: ssh_prove
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Proves that one can log in by SSH
 description:
   - Opens a new SSH connection from the controller, with the user, key, host keys, jump hosts and other settings of Ansible's own connection, but

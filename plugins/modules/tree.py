@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: tree
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Puts all files of a role in place in one call
 description:
   - A directory of templates mirrors the file system of the host. C(templates/etc/uv/uv.toml.j2) becomes C(/etc/uv/uv.toml). Files that

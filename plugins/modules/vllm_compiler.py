@@ -6,7 +6,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: vllm_compiler
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Compiles a kernel as vLLM does at run time
 description:
   - Whether kernels can be compiled is not asked of vLLM, which says yes where nvcc is there and dies of it when the headers or the libraries do

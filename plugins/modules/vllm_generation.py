@@ -6,7 +6,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: vllm_generation
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Writes, switches, confirms and reverts generations of vLLM instances
 description:
   - A generation is a directory I(config_path)/NAME/NUMBER with C(config.yaml), C(environment), C(inputs) and a link to its release, or

@@ -6,7 +6,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: vllm_release
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Builds a vLLM release from a hash lock
 description:
   - Builds a virtual environment with uv at its final path. It counts as built when C(.complete) is in it; what a killed run left is

@@ -6,7 +6,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: vllm_start_proof
 version_added: 0.1.0
-author: The vLLM Fleet authors
+author: The vLLM Fleet authors (@gpufleet)
 short_description: Starts a tiny model as an instance would be started
 description:
   - Runs a Llama of a few megabytes with random weights under the very unit of an instance, with its release or image, environment, caches and
@@ -210,7 +210,7 @@ ARGUMENTS: dict[str, Any] = {
     "state": {"type": "str", "choices": list(STATES), "required": True},
     "wanted": {"type": "list", "elements": "dict", "default": []},
     "beside": {"type": "bool", "default": True},
-    "passed": {"type": "list", "elements": "dict", "default": []},
+    "passed": {"type": "list", "elements": "dict", "default": [], "no_log": False},
     "proofs": {"type": "dict", "default": {}},
     "release": {"type": "path"},
     "sandbox": {"type": "dict", "default": {}},

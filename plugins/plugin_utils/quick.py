@@ -5,7 +5,7 @@ Runs the modules that every run calls, in a quarter of the time.
 
 Ansible packs a module together with a part of itself that is ten times as large, which costs the controller 0.2 s for each module, and the
 host as much again for each call, to unpack and compile it. Most modules of this collection need next to nothing of it. The action plugin
-quick (a link in plugins/action/ says for which modules), or one of their own, sends them as they are, with quick_host.py, through the same
+below (a small file in plugins/action/ says for which modules), or one of their own, sends them as they are, with quick_host.py, through the same
 connection and the same become as any module, and the arguments are checked here by Ansible's own code. Where this cannot be done, they are
 run as any other module.
 """
@@ -144,3 +144,12 @@ class QuickCalls(ActionBase):  # type: ignore[misc]
         if value.startswith("auto"):
             value = str(variables.get("ansible_facts", {}).get("discovered_interpreter_python", ""))
         return value if INTERPRETER.fullmatch(value) else ""
+
+
+class QuickAction(QuickCalls):
+    """Runs the module that has the name of the task."""
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Run it with what the task says, and nothing else."""
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        return {**result, **self.quick(self._task.action.rpartition(".")[2], self._task.args, task_vars or {})}

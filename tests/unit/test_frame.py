@@ -66,7 +66,8 @@ def load_module(path: Path) -> ModuleType:
 
 @pytest.mark.parametrize("role", ROLES)
 def test_role_has_the_files_that_every_role_has(role: str) -> None:
-    wanted = ["README.md", "tasks/main.yml", "defaults/main.yml", "meta/main.yml", "meta/argument_specs.yml"]
+    wanted = ["README.md", "tasks/main.yml", "defaults/main.yml"]
+    wanted += [f"meta/{name}.yml" for name in ("main", "argument_specs", "example")]
     assert [name for name in wanted if not (ROOT / "roles" / role / name).is_file()] == []
 
 
