@@ -51,7 +51,7 @@ gpu: setup ## On a machine with an NVIDIA GPU, as root: deploy there, break it, 
 
 ##@ Work on it
 .PHONY: setup build docs lock lock-controller clean
-setup: ## Make .venv, the controller's Python environment, from requirements.lock
+setup: ## Make .venv, the controller's Python environment, from requirements.lock; SETUP_PYTHON=3.11 for another Python than the newest here
 	@tools/setup.sh
 
 build: setup ## Build the collection gpufleet.llm into build/
@@ -67,12 +67,13 @@ lock: setup ## Lock a vLLM release: VLLM_VERSION=0.33.0 DEVICE=cuda|cpu
 
 lock-controller: setup ## Lock the controller's Python environment again, from pyproject.toml
 	@$(UV) pip compile --quiet --universal --generate-hashes --python-version 3.11 --extra test \
+	  --upgrade-package ansible --upgrade-package ansible-core \
 	  --custom-compile-command "make lock-controller" pyproject.toml -o requirements.lock
 	@grep -o '^uv==[0-9.]*' tools/uv.txt | $(UV) pip compile --quiet --universal --generate-hashes --python-version 3.11 \
 	  --custom-compile-command "make lock-controller" - -o tools/uv.txt
 
 clean: ## Remove what can be made again: .venv, build/, logs and caches (not a running demo)
-	@rm -rf .venv build .cache/bootstrap .cache/logs .mypy_cache .ruff_cache .pytest_cache .hypothesis .ansible
+	@rm -rf .venv .cache/python3.11 build .cache/bootstrap .cache/logs .mypy_cache .ruff_cache .pytest_cache .hypothesis .ansible
 
 .PHONY: help
 help: ## Show this list

@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / ".cache" / "logs"
-BIN = ROOT / ".venv" / "bin"
+BIN = Path(sys.prefix, "bin")  # the environment that this runs in
 HOSTS = ROOT / "tests" / "hosts" / "hosts.py"
 LABEL = "gpufleet.fleet"
 STILL_RUNNING_EVERY = 120  # seconds
@@ -47,6 +47,8 @@ LONGEST_FIRST = [
 # These mostly wait, for timers, closed ports and new connections: one of them runs beside the others. After the last of them its
 # worker helps with the others. With a fourth one two cores were busy all the time, and three starts of the real vLLM took over ten minutes.
 QUIET = ["molecule vllm_docker", "molecule base", "molecule firewall", "molecule ssh_hardening"]
+# The oldest Ansible that is supported, in an environment of its own. Where there is no newer Python, everything runs on it.
+OLDEST = {"SETUP_PYTHON": "3.11", "SETUP_VENV": ".cache/python3.11"}
 TAIL = 60  # lines of a failing job's log
 COUNT = re.compile(r"(\d+) (passed|failed|error|errors)\b")
 FAILED = re.compile(r"^(?:FAILED|ERROR) \S.*$", re.MULTILINE)  # pytest's short summary
@@ -254,6 +256,14 @@ def pytest_job(name: str, *arguments: str) -> Job:
     return Job(name, [str(BIN / "python"), "-m", "pytest", *arguments], pytest=True)
 
 
+def unit_jobs() -> list[Job]:
+    """The unit tests; those of them that lean on ansible-core once more, on the oldest one. The drill test_oldest_core.py runs all there."""
+    settings = [f"{name}={value}" for name, value in OLDEST.items()]
+    on_oldest = 'tools/setup.sh && exec "$SETUP_VENV/bin/python" -m pytest -m core tests/unit'
+    oldest = Job("unit oldest core", ["env", *settings, "bash", "-c", on_oldest], pytest=True)
+    return [pytest_job("unit", "tests/unit"), *([oldest] if sys.version_info >= (3, 12) else [])]
+
+
 def molecule_jobs(wanted: Sequence[str]) -> list[Job]:
     """One job for each scenario; a scenario without a test is a job that fails."""
     jobs = []
@@ -313,7 +323,7 @@ def main() -> int:
         jobs = [
             *([pytest_job("e2e", FLEET_TESTS)] if e2e else []),
             *(lint_jobs() if arguments.what in ("lint", "test") else []),
-            *([pytest_job("unit", "tests/unit")] if arguments.what in ("unit", "test") else []),
+            *(unit_jobs() if arguments.what in ("unit", "test") else []),
             *later,
         ]
         quiet = sorted((job for job in jobs if job.name in QUIET), key=lambda job: QUIET.index(job.name))

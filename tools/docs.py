@@ -217,6 +217,20 @@ What all hosts of a fleet share, and what single playbooks take.
     return "\n".join(parts)
 
 
+def controller_rows() -> list[str]:
+    """Which Ansible requirements.lock has for which Python of the controller."""
+    lock = (ROOT / "requirements.lock").read_text()
+    found = re.findall(r"^(ansible|ansible-core)==(\S+) ; (.+) \\$", lock, re.MULTILINE)
+    versions = {(pythons, package): version for package, version, pythons in found}
+    rows = []
+    for pythons in sorted({pythons for pythons, _package in versions}, reverse=True):
+        words = pythons.replace("python_full_version < ", "before ").replace("python_full_version >= ", "from ")
+        rows.append(
+            f"| {words.replace(chr(39), '')} | `{versions[pythons, 'ansible-core']}` | `{versions[pythons, 'ansible']}` |"
+        )
+    return rows
+
+
 def versions() -> str:
     """docs/versions.md: what is installed at which version, by which role."""
     lines = [
@@ -239,7 +253,11 @@ def versions() -> str:
     lines += [
         "",
         "The controller's Python packages are pinned with hashes in [requirements.lock](../requirements.lock), the",
-        "collections in [requirements.yml](../requirements.yml).",
+        "collections in [requirements.yml](../requirements.yml). Its Python decides which Ansible it gets:",
+        "",
+        "| Python | ansible-core | ansible |",
+        "|---|---|---|",
+        *controller_rows(),
         "",
     ]
     return "\n".join(lines)

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Makes .venv: the Python environment of the controller, pinned with hashes in requirements.lock.
+# Makes .venv: the Python environment of the controller, pinned with hashes in requirements.lock. Its Python is the newest
+# one here, or SETUP_PYTHON=3.11; SETUP_VENV=.cache/other is another directory for it.
 # On a fresh Debian or Ubuntu machine it installs what is missing, as root, and says so; as anybody else it says what to
 # install. Called by every make target: a second call finds the stamp and is over.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-stamp=.venv/.stamp
+venv=${SETUP_VENV:-.venv}
+stamp=$venv/.stamp
 locks=(tools/uv.txt requirements.lock)
-state() { cat "${locks[@]}"; }
+state() { echo "SETUP_PYTHON=${SETUP_PYTHON:-}"; cat "${locks[@]}"; }
 # A moved or copied clone has a .venv whose programs name the old place: that one is made again.
-home() { grep -qsF "$PWD/.venv" .venv/bin/activate; }
+home() { grep -qsF "$PWD/$venv" "$venv/bin/activate"; }
 done_before() { [[ -f $stamp ]] && home && state | cmp -s - "$stamp"; }
 done_before && exit 0
 
@@ -56,16 +58,31 @@ if ! { [[ -x $bootstrap/bin/uv ]] && cmp -s tools/uv.txt $bootstrap/uv.txt && gr
 fi
 uv=$PWD/$bootstrap/bin/uv
 
-python=python3
-if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    say "python3 is $(python3 -V | cut -d' ' -f2) and 3.11 is needed: uv fetches 3.12 ..."
-    python=3.12
+# ansible-core 2.19 is the last one for Python 3.11; its newest one names these as the Pythons of a controller.
+newer=(3.14 3.13 3.12)
+probe='import ctypes, ssl, sys; print("%d.%d" % sys.version_info[:2], sys.executable)'
+find_python() { # find_python VERSION...: version and path of the first one that is here and runs, which a shim of pyenv may not
+    local pyenv=${PYENV_ROOT:-$(pyenv root 2>/dev/null || echo ~/.pyenv)} found wanted
+    found=$({ type -aP python3 "${@/#/python}"; ls -d {"$("$uv" python dir)","$pyenv/versions"}/*/bin/python3; } 2>/dev/null |
+        while read -r python; do "$python" -c "$probe" 2>/dev/null </dev/null; done || true)
+    for wanted in "$@"; do
+        grep -m 1 "^$wanted " <<<"$found" && return
+    done
+}
+
+if [[ -n ${SETUP_PYTHON:-} ]]; then
+    [[ " ${newer[*]} 3.11 " == *" $SETUP_PYTHON "* ]] || fail "SETUP_PYTHON is $SETUP_PYTHON, but must be one of: ${newer[*]} 3.11"
+    read -r version python < <(find_python "$SETUP_PYTHON") || version=$SETUP_PYTHON
+else
+    read -r version python < <(find_python "${newer[@]}" 3.11) || version=3.13
 fi
-if ! home || ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    say "making .venv ..."
-    "$uv" venv --quiet --clear --python "$python" .venv
+[[ $version != 3.11 ]] ||
+    say "Python 3.11 gets ansible-core 2.19, which has had no fixes since November 2026; with SETUP_PYTHON=3.13 uv fetches a newer one"
+if ! home || ! "$venv/bin/python" -V 2>/dev/null | grep -qF "Python $version."; then
+    say "making $venv with Python $version$([[ $python ]] || echo ', which uv fetches') ..."
+    "$uv" venv --quiet --clear --python "${python:-$version}" "$venv"
 fi
-say "installing the packages of requirements.lock into .venv ..."
-"$uv" pip sync --quiet --require-hashes --python .venv/bin/python "${locks[@]}"
+say "installing the packages of requirements.lock into $venv ..."
+"$uv" pip sync --quiet --require-hashes --python "$venv/bin/python" "${locks[@]}"
 state >$stamp
 say "done"

@@ -18,6 +18,7 @@ import pytest
 import tomllib
 import yaml
 from ansible_collections.gpufleet.llm.plugins.module_utils.inputs import OUTPUTS
+from packaging.version import Version
 
 from tests import run
 
@@ -372,14 +373,21 @@ def test_the_runner_counts_what_pytest_says(
 
 
 def test_collections_are_those_of_the_ansible_package() -> None:
+    """Of the newest one; the one for Python 3.11 brings older collections, which are new enough."""
     bundled = Path(ansible.__path__[0]).parent / "ansible_collections"
     required = {entry["name"]: entry["version"] for entry in load(ROOT / "requirements.yml")["collections"]}
     brought = {
         name: json.loads((bundled / name.replace(".", "/") / "MANIFEST.json").read_text())["collection_info"]["version"]
         for name in required
     }
-    assert required == brought
-    assert set(load(ROOT / "galaxy.yml")["dependencies"]) <= set(required)
+    if sys.version_info >= (3, 12):
+        assert required == brought
+    dependencies = load(ROOT / "galaxy.yml")["dependencies"]
+    assert set(dependencies) <= set(required)
+    too_old = [
+        name for name, minimum in dependencies.items() if Version(brought[name]) < Version(minimum.removeprefix(">="))
+    ]
+    assert too_old == []
 
 
 def test_one_version_of_the_project() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.playbooks import playbook, results, tell
 
+pytestmark = pytest.mark.core
 ROOT = Path(__file__).resolve().parents[2]
 
 

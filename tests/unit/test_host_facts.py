@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -389,7 +390,7 @@ def test_the_module_runs_as_a_task() -> None:
     """Once for real, in check mode, with everything that it looks at."""
     arguments = json.dumps({"paths": ["/etc/passwd", "/no/such/path"]})
     done = subprocess.run(
-        [str(ROOT / ".venv/bin/ansible"), "localhost", "-i", "localhost,", "-c", "local", "--check", "-e", "ansible_python_interpreter=/usr/bin/python3",
+        [str(Path(sys.prefix, "bin/ansible")), "localhost", "-i", "localhost,", "-c", "local", "--check", "-e", "ansible_python_interpreter=/usr/bin/python3",
          "-m", "gpufleet.llm.host_facts", "-a", arguments],
         cwd=ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "LC_ALL": "C.UTF-8", "ANSIBLE_CALLBACK_RESULT_FORMAT": "json"},

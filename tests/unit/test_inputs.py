@@ -13,6 +13,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils import inputs
 
 from tests.playbooks import playbook
 
+pytestmark = pytest.mark.core
 ROOT = Path(__file__).resolve().parents[2]
 SPEC: dict[str, Any] = {
     "shop_port": {"type": "int"},

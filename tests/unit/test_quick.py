@@ -17,6 +17,7 @@ from ansible_collections.gpufleet.llm.plugins.plugin_utils import quick
 
 from tests.playbooks import playbook, results, tell
 
+pytestmark = pytest.mark.core
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = sorted(path.stem for path in (ROOT / "plugins/action").glob("*.py") if "plugin_utils.quick" in path.read_text())
 SECRET = "s3cret-s3cret-s3cret-s3cret-s3cret"

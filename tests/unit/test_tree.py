@@ -9,7 +9,6 @@ import json
 import os
 import pwd
 import stat
-import subprocess
 import sys
 import tempfile
 import threading
@@ -706,8 +705,6 @@ def test_whatever_is_wanted_and_wherever_it_crashes(foreign: dict[str, str], seq
 
 # -------------------------------------------------------------------------------------------- the task, by ansible-core
 
-CORE = str(ROOT / ".venv" / "bin" / "ansible-playbook")
-CORES = os.environ.get("ANSIBLE_CORES", CORE).split(":")
 MODULE_PYTHON = os.environ.get("TREE_PYTHON", sys.executable)  # what the module runs on
 
 PLAY = """
@@ -770,7 +767,6 @@ class Play:
     """A playbook with a role that uses the task, and how it is run."""
 
     base: Path
-    core: str
 
     def __post_init__(self) -> None:
         self.out = self.base / "out"
@@ -813,18 +809,13 @@ class Play:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
         environment |= {
             "LC_ALL": "C.UTF-8",
-            "PATH": f"{Path(self.core).parent}:{os.environ['PATH']}",
+            "PATH": f"{Path(sys.prefix, 'bin')}:{os.environ['PATH']}",
             "ANSIBLE_COLLECTIONS_PATH": str(ROOT / ".collections"),
             "ANSIBLE_PIPELINING": "1",
             "ANSIBLE_NOCOLOR": "1",
         }
         arguments = ["play.yml", "-i", "localhost,", "-c", "local", "-e", "@vars.json", *options]
-        if self.core == CORE:
-            done = playbook(*arguments, directory=self.base, environment=environment)
-        else:
-            done = subprocess.run(
-                [self.core, *arguments], cwd=self.base, env=environment, capture_output=True, text=True, check=False
-            )
+        done = playbook(*arguments, directory=self.base, environment=environment)
         told = done.stdout + done.stderr
         assert done.returncode == status, told
         assert "[WARNING]: Deprecation" not in told and "[DEPRECATION" not in told
@@ -835,9 +826,9 @@ class Play:
         return {str(path.relative_to(self.out)): path.read_bytes() for path in found}
 
 
-@pytest.fixture(params=CORES)
-def play(request: pytest.FixtureRequest, tmp_path: Path) -> Play:
-    return Play(tmp_path, request.param)
+@pytest.fixture
+def play(tmp_path: Path) -> Play:
+    return Play(tmp_path)
 
 
 def ran(told: str) -> list[str]:
@@ -845,6 +836,7 @@ def ran(told: str) -> list[str]:
     return [name for name in ("Reload app", "Reload keys", "Link") if f"ran {name}" in told]
 
 
+@pytest.mark.core
 def test_a_role_has_its_files_in_place(play: Play) -> None:
     shown = play.run("--check", "--diff")
     assert play.files() == {}
@@ -874,6 +866,7 @@ def test_a_role_has_its_files_in_place(play: Play) -> None:
     assert ran(again) == []
 
 
+@pytest.mark.core
 def test_handlers_of_the_files_that_changed_run_and_none_is_lost(play: Play) -> None:
     play.run()
     assert ran(play.run(greeting="hi", keys=[])) == ["Reload app", "Reload keys"]
@@ -889,6 +882,7 @@ def test_handlers_of_the_files_that_changed_run_and_none_is_lost(play: Play) -> 
     assert "changed=0" in play.run(greeting="moin", keys=[])
 
 
+@pytest.mark.core
 def test_a_mirrored_file_under_a_condition_comes_and_goes(play: Play) -> None:
     """Where it is not wanted, its template is not even rendered."""
     play.run()
@@ -899,6 +893,7 @@ def test_a_mirrored_file_under_a_condition_comes_and_goes(play: Play) -> None:
     assert "etc/maybe" not in play.files()
 
 
+@pytest.mark.core
 def test_a_refused_change_fails_the_task_and_changes_nothing(play: Play) -> None:
     play.run()
     before = play.files()
@@ -914,6 +909,7 @@ def test_a_refused_change_fails_the_task_and_changes_nothing(play: Play) -> None
     assert "changed=0" in play.run()
 
 
+@pytest.mark.core
 def test_mistakes_are_told_by_name(play: Play) -> None:
     path = f"{play.out}/etc/x"
     for file, expected in (
@@ -931,6 +927,7 @@ def test_mistakes_are_told_by_name(play: Play) -> None:
         assert play.files() == {}
 
 
+@pytest.mark.core
 def test_the_keyword_of_the_task_and_a_play_without_a_role(play: Play) -> None:
     play.write("mirror/" + play.mirror + "/a.j2", "{{ greeting }}")
     task = f"name: demo, state_path: {play.base}/state/tree, owner: {USER}, group: {GROUP}"
