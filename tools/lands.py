@@ -23,6 +23,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils import (
     docker_host,
     firewall_host,
     ssh_guard_host,
+    uv_host,
 )
 from ansible_collections.gpufleet.llm.plugins.modules import model_share
 from jinja2 import Environment, StrictUndefined, TemplateError, meta
@@ -44,7 +45,7 @@ WRITES = {
     "gpufleet.llm.vllm_generation": "config_path",
     "gpufleet.llm.vllm_release": "path",
     "gpufleet.llm.vllm_start_proof": "proofs_path",
-    "gpufleet.llm.wheel_program": "directory",
+    "gpufleet.llm.python_environment": "path",
 }
 # What modules write at places that no parameter names.
 FIXED = {
@@ -55,6 +56,10 @@ FIXED = {
     "gpufleet.llm.ssh_change": {
         str(ssh_guard_host.DIRECTORY): "what was before, while a change is tried",
         str(ssh_guard_host.UNIT_FILE): "undoes it at a boot, while a change is tried",
+    },
+    "gpufleet.llm.uv_release": {
+        str(uv_host.RELEASES): "virtual environments of uv",
+        **{str(uv_host.LINKS / name): "link into the one that is used" for name in uv_host.PROGRAMS},
     },
 }
 # Units that they start, or restart.
@@ -182,7 +187,7 @@ class Role:
     def landings(self) -> list[Landing]:
         """The paths that the role writes, each once."""
         found: dict[str, Landing] = {}
-        for landing in sorted([*self.of_tree(), *self.of_modules()], key=lambda one: one.path):
+        for landing in sorted([*self.of_tree(), *self.of_modules(), *self.of_vendor()], key=lambda one: one.path):
             if found.setdefault(landing.path, landing).what == "directory" and landing.what != "directory":
                 found[landing.path] = landing
         return list(found.values())
@@ -249,6 +254,14 @@ class Role:
         for module, paths in FIXED.items():
             if any(self.calls(module)):
                 yield from (Landing(path, what) for path, what in paths.items())
+
+    def of_vendor(self) -> Iterator[Landing]:
+        """What host_support (`vendor_packages`) puts in place for the role, whose `__<role>_vendor` says for whom."""
+        vendor = self.variables.get(f"__{self.path.name}_vendor")
+        if vendor:
+            yield Landing(f"/etc/apt/keyrings/{vendor['name']}.asc", "the vendor's key", "0644")
+            yield Landing(f"/etc/apt/sources.list.d/{vendor['name']}.sources", "file", "0644")
+            yield Landing(f"/etc/apt/preferences.d/vllm-fleet-{vendor['name']}", "file", "0644")
 
     def units(self) -> list[str]:
         """The units that the role brings, changes, starts or reloads."""

@@ -33,8 +33,9 @@ options:
     default: /usr/local/bin/uv
 attributes:
   check_mode:
-    description: Says whether the environment would be made. Its packages are not compared.
+    description: Says whether the environment would be made.
     support: partial
+    details: The packages of one that is there are not compared.
 """
 
 EXAMPLES = r"""

@@ -139,7 +139,9 @@ def forget_times(packages: Path) -> None:
 
 def cache_directory(module: AnsibleModule, uv: str, environment: dict[str, str]) -> Path:
     """Where uv keeps its wheels; made when it is not there yet."""
-    _status, output, _error = module.run_command([uv, "cache", "dir"], check_rc=True, environ_update=environment, cwd="/")
+    _status, output, _error = module.run_command(
+        [uv, "cache", "dir"], check_rc=True, environ_update=environment, cwd="/"
+    )
     directory = Path(output.strip())
     directory.mkdir(parents=True, exist_ok=True)
     return directory
