@@ -74,7 +74,7 @@ class ActionModule(QuickCalls):
         if not result.get("failed") and not result.pop("held", True):
             result.update(
                 failed=True,
-                msg=f"{(task_vars or {}).get('inventory_hostname')} is being changed by {holder(result['holder'])}. "
+                msg=f"{self._task.delegate_to or (task_vars or {}).get('inventory_hostname')} is being changed by {holder(result['holder'])}. "
                 "Wait until that run is over. When it is certain that it died: -e fleet_break_lease=true",
             )
         elif arguments["state"] == "held" and not result.get("failed"):

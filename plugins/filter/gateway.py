@@ -100,6 +100,22 @@ def gateway_route_problems(
     return problems
 
 
+def gateway_outside_problems(
+    hostvars: fleet.HostVars, outside: Sequence[str], hosts: Sequence[str], gateways: Sequence[str], group: str
+) -> list[str]:
+    """Why gateways on which a run does not act could not be told their backends."""
+    problems = []
+    for name in outside:
+        routes = hostvars[name].get("gateway_routes") or []
+        found = gateway_route_problems(hostvars, routes, hosts, gateways, group)
+        if len(routes) != 1:
+            found = [f"gateway_routes has {len(routes)} entries; it must have exactly one"]
+        elif not hostvars[name].get("gateway_server_names"):
+            found.append("gateway_server_names must list the DNS names or IP addresses that clients use")
+        problems += [f"{name} (outside of --limit): {problem}" for problem in found]
+    return problems
+
+
 class FilterModule:
     """Makes the filters known to Ansible."""
 
@@ -113,5 +129,6 @@ class FilterModule:
                 gateway_concurrency_groups,
                 gateway_client_problems,
                 gateway_route_problems,
+                gateway_outside_problems,
             )
         }

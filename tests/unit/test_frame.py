@@ -447,8 +447,10 @@ def test_python_of_the_plugins_runs_on_the_oldest_host() -> None:
     assert sys.version_info >= (3, 11)
 
 
-def test_verify_assumes_what_the_roles_default_to() -> None:
-    text = (ROOT / "playbooks" / "verify.yml").read_text()
+@pytest.mark.parametrize("file", ["playbooks/verify.yml", "roles/gateway/tasks/hear.yml"])
+def test_what_is_asked_of_other_hosts_assumes_what_the_roles_default_to(file: str) -> None:
+    text = (ROOT / file).read_text()
+    assert " | default(443)" in text, "the look at the file sees nothing"
     defaults = {
         **load(ROOT / "roles" / "gateway" / "defaults" / "main.yml"),
         **load(ROOT / "roles" / "tls_certificate" / "defaults" / "main.yml"),

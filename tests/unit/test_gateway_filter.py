@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import pytest
 import yaml
-from ansible.errors import AnsibleFilterError
+from ansible.errors import AnsibleFilterError, AnsibleUndefinedVariable
 from ansible.plugins.filter.core import FilterModule as CoreFilters
 from ansible_collections.gpufleet.llm.plugins.filter import checks, gateway
 from ansible_collections.gpufleet.llm.plugins.filter import fleet as fleet_filters
@@ -95,6 +95,48 @@ def test_good_clients_have_no_problems() -> None:
     assert gateway.gateway_client_problems([client("a"), client("default", burst=0)]) == []
 
 
+def test_gateways_outside_of_the_limit_are_judged_by_the_inventory() -> None:
+    hostvars: dict[str, dict[str, Any]] = {
+        "gpu1": {"vllm_instances": [{"name": "chat", "port": 8000}], "fleet_address": "10.0.0.1"},
+        "good": {"gateway_routes": [{"model": "m", "instance": "chat"}], "gateway_server_names": ["llm.test"]},
+        "nowhere": {"gateway_routes": [{"model": "m", "instance": "chatt"}], "gateway_server_names": ["llm.test"]},
+        "nameless": {"gateway_routes": [{"model": "m", "instance": "chat"}]},
+        "empty": {},
+    }
+    gateways = ["good", "nowhere", "nameless", "empty"]
+    assert gateway.gateway_outside_problems(hostvars, [], ["gpu1"], gateways, "vllm") == []
+    assert gateway.gateway_outside_problems(hostvars, ["good"], ["gpu1"], gateways, "vllm") == []
+    problems = gateway.gateway_outside_problems(hostvars, gateways[1:], ["gpu1"], gateways, "vllm")
+    assert [problem.partition(":")[0] for problem in problems] == [
+        f"{name} (outside of --limit)" for name in gateways[1:]
+    ]
+    assert "no host of the group vllm has it" in problems[0]
+    assert "gateway_server_names must list" in problems[1]
+    assert "gateway_routes has 0 entries" in problems[2]
+
+
+def test_variables_of_hosts_that_are_not_contacted_are_judged() -> None:
+    good = {"vllm_instances": [{"name": "chat", "model": "m", "port": 8000}], "gateway_https_port": 443}
+    typo = {**good, "vllm_instances": [{"name": "chat", "model": "m", "prot": 8000}], "gateway_server_name": ["x"]}
+    assert fleet_filters.fleet_variable_problems({"gpu1": good, "gpu2": typo}, ["gpu1"]) == []
+    found = fleet_filters.fleet_variable_problems({"gpu1": good, "gpu2": typo, "gpu3": typo}, ["gpu1", "gpu2", "gpu3"])
+    assert found[:2] == [
+        "gpu2, gpu3: gateway_server_name is not a variable of the role gateway; did you mean gateway_server_names?",
+        "gpu2, gpu3: vllm_instances[0] (chat): key 'prot' is unknown; did you mean port?",
+    ]
+    assert [problem.partition(";")[0] for problem in found[2:]] == [
+        "gpu2, gpu3: vllm_instances[0] (chat): port is missing"
+    ]
+
+
+def test_what_cannot_be_read_without_contact_is_no_mistake() -> None:
+    class Facts(dict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            raise AnsibleUndefinedVariable("'ansible_facts' has no 'gpufleet'")
+
+    assert fleet_filters.fleet_variable_problems({"gpu2": Facts(vllm_instances="...")}, ["gpu2"]) == []
+
+
 def test_names_of_servers() -> None:
     assert checks.host_name_problems(["llm.example.com", "192.0.2.1", "2001:db8::1"], "names") == []
     assert len(checks.host_name_problems(["LLM", "a b", "a", "a"], "names")) == 3
@@ -123,10 +165,16 @@ def render(template: str = "etc/nginx/nginx.conf.j2", release: str = "Debian-13"
         "__gateway_tls_groups": (["?X25519MLKEM768"] if can["mlkem"] else []) + ["X25519", "prime256v1", "secp384r1"],
         "__gateway_methods": internals["__gateway_methods"],
         "__gateway_errors": internals["__gateway_errors"],
-        "__gateway_backends": [
-            {"id": "chat@a", "endpoint": "10.0.0.1:8000"},
-            {"id": "chat@b", "endpoint": "[fd00::2]:8000"},
-        ],
+        "__gateway_upstream": {
+            "instance": "chat",
+            "backends": [
+                {"id": "chat@a", "endpoint": "10.0.0.1:8000"},
+                {"id": "chat@b", "endpoint": "[fd00::2]:8000"},
+            ],
+            "keepalive": values["gateway_upstream_keepalive"],
+        },
+        "__gateway_upstream_id": "ba9876543210",
+        "__gateway_backends_file": "/etc/nginx/backends.conf",
         "__gateway_keys_file": "/etc/nginx/keys/0123456789abcdef.conf",
         "__gateway_generation": "0123456789ab",
         "gateway_server_names": ["llm.example.com", "2001:db8::1"],
@@ -186,11 +234,13 @@ def test_no_secret_is_in_the_configuration_that_everybody_may_read() -> None:
 
 def test_gixy_finds_nothing(tmp_path: Path) -> None:
     """A judge of its own. try_files is skipped: its one name is never that of a file, it only delays the answer."""
-    keys = tmp_path / "keys.conf"
+    keys, backends = tmp_path / "keys.conf", tmp_path / "backends.conf"
     keys.write_text(render("etc/nginx/keys/keys.conf.j2"))
+    backends.write_text(render("etc/nginx/_backends.conf.j2"))
     (tmp_path / "mime.types").write_text("types { text/html html; }\n")
     configuration = tmp_path / "nginx.conf"
-    text = render(__gateway_keys_file=str(keys)).replace("/etc/nginx/mime.types", str(tmp_path / "mime.types"))
+    text = render(__gateway_keys_file=str(keys), __gateway_backends_file=str(backends))
+    text = text.replace("/etc/nginx/mime.types", str(tmp_path / "mime.types"))
     configuration.write_text(text)
     command = [str(Path(sys.executable).parent / "gixy"), "--skips=try_files_is_evil_too", str(configuration)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
