@@ -138,8 +138,10 @@ def test_task_names_say_which_file_they_are_in(role: str) -> None:
 
 
 def test_task_names_say_what_they_are_about() -> None:
-    """In a log a name stands alone: `They are installed` says nothing there."""
-    pronoun = re.compile(r"(It|Its|They|Them|Their|This|That|These|Those|One|Both|Some(thing|body)|Who|Why)\b")
+    """In a log a name stands alone: `They are installed` says nothing there. Things are reported and inspected, not told and looked at."""
+    pronoun = re.compile(
+        r"(It|Its|They|Them|Their|This|That|These|Those|One|Both|Some(thing|body)|Who|Why)\b|.*\b(told|said|looked at)\b"
+    )
     files = [path for role in ROLES for path in role_files(role, "tasks/**/*.yml", "handlers/*.yml")]
     files += [*sorted((ROOT / "playbooks").glob("*.yml")), *sorted((ROOT / "playbooks/plays").glob("*.yml"))]
     found = []
@@ -294,6 +296,18 @@ def test_every_variable_that_a_playbook_reads_is_described() -> None:
     )
     assert read - own - described - filters == set()
     assert {"fleet_skip_roles", "verify_client", "compose_path"} <= read, "the look at the playbooks sees nothing"
+
+
+def test_documents_have_short_lines() -> None:
+    """Tables and examples of code cannot be wrapped."""
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    found = []
+    for path in documents:
+        text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+        for line in text.splitlines():
+            if len(line) > 120 and not line.startswith(("|", "    ")) and not re.fullmatch(r"[- ]*`[^`]*`\S?", line):
+                found.append(f"{path.relative_to(ROOT)}: {line}")
+    assert found == []
 
 
 @pytest.mark.parametrize("inventory", ["demo", "prod"])
