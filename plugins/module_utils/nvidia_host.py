@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from ansible_collections.gpufleet.llm.plugins.module_utils import host, nvidia_pci
+from ansible_collections.gpufleet.llm.plugins.module_utils import host, host_sockets, nvidia_pci
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
 from ansible_collections.gpufleet.llm.plugins.module_utils.gpu import (
     NVIDIA_SMI_QUERY,
@@ -203,13 +203,13 @@ class Look:
         """The processes that hold NVIDIA's devices: while there are any, the module cannot be replaced."""
         proc = self.hardware / "proc"
         found = []
-        for process in host.processes(proc):
+        for process in host_sockets.processes(proc):
             try:
                 descriptors = [os.readlink(entry.path) for entry in os.scandir(f"{proc}/{process}/fd")]  # noqa: PTH115 - it is a name
             except OSError:
                 continue
             if any(DEVICE_NODE.search(name) for name in descriptors):
-                unit = host.unit_of(read(proc / process / "cgroup"))
+                unit = host_sockets.unit_of(read(proc / process / "cgroup"))
                 found.append({"pid": int(process), "program": read(proc / process / "comm").strip(), "unit": unit})
         return found
 

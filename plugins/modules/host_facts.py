@@ -282,7 +282,14 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils import host, tree_seen, uv_host
+from ansible_collections.gpufleet.llm.plugins.module_utils import (
+    host,
+    host_mounts,
+    host_sockets,
+    host_units,
+    tree_seen,
+    uv_host,
+)
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
 from ansible_collections.gpufleet.llm.plugins.module_utils.gpu import NVIDIA_SMI_QUERY, parse_nvidia_smi
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import Program
@@ -328,7 +335,7 @@ def main() -> None:
     gather = set(module.params["gather"])
     nvidia_smi = Program(NVIDIA_SMI_QUERY) if "gpus" in gather and shutil.which("nvidia-smi") else None
     booted = Path("/run/systemd/system").is_dir()
-    list_units = Program(host.LIST_UNITS) if "units" in gather and booted else None
+    list_units = Program(host_units.LIST_UNITS) if "units" in gather and booted else None
 
     facts: dict[str, Any] = {}
     if "system" in gather:
@@ -341,9 +348,9 @@ def main() -> None:
         facts.update(users=host.ids(read(Path("/etc/passwd"))), groups=host.ids(group_file))
         facts["group_members"] = host.members(group_file)
     if "ports" in gather:
-        facts["ports"] = host.ports()
+        facts["ports"] = host_sockets.ports()
     if "mounts" in gather:
-        facts["mounts"] = host.mounts()
+        facts["mounts"] = host_mounts.mounts()
     if "paths" in gather:
         facts["paths"] = {path: host.path_state(Path(path)) for path in module.params["paths"]}
     if "trees" in gather:
@@ -351,7 +358,7 @@ def main() -> None:
     if "units" in gather:
         good, loaded = list_units.output(SYSTEMCTL_TIMEOUT) if list_units else (False, "")
         # Without systemd's word on what runs, every unit would look as if it had stopped.
-        facts["units"] = host.units(loaded) if good else {}
+        facts["units"] = host_units.units(loaded) if good else {}
     if "gpus" in gather:
         facts.update(gpu_facts(nvidia_smi))
     module.exit_json(changed=False, ansible_facts={"gpufleet": facts})

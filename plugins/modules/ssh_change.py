@@ -89,7 +89,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils import ssh
-from ansible_collections.gpufleet.llm.plugins.module_utils.host import listeners
+from ansible_collections.gpufleet.llm.plugins.module_utils.host_sockets import listeners
 from ansible_collections.gpufleet.llm.plugins.module_utils.ssh_guard_host import Guard, GuardError, command
 
 # Seconds that sshd may take to listen again, and that are waited for a sign that it has read its files.

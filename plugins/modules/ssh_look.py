@@ -151,7 +151,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils import ssh
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
-from ansible_collections.gpufleet.llm.plugins.module_utils.host import listeners
+from ansible_collections.gpufleet.llm.plugins.module_utils.host_sockets import listeners
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import Program
 from ansible_collections.gpufleet.llm.plugins.module_utils.ssh_guard_host import DIRECTORY
 

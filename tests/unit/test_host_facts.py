@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.gpufleet.llm.plugins.module_utils import host
+from ansible_collections.gpufleet.llm.plugins.module_utils import host, host_mounts, host_sockets, host_units
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import Program
 from ansible_collections.gpufleet.llm.plugins.modules import host_facts
 
@@ -61,9 +61,9 @@ def test_an_empty_host_has_empty_facts(tmp_path: Path) -> None:
     assert {found["distribution"], found["release"], found["codename"], found["service_manager"]} == {""}
     assert found["memory_bytes"] == 0
     assert not host.packages(tmp_path)
-    assert not host.units("", tmp_path)
-    assert not host.ports(tmp_path)
-    assert not host.mounts(tmp_path)
+    assert not host_units.units("", tmp_path)
+    assert not host_sockets.ports(tmp_path)
+    assert not host_mounts.mounts(tmp_path)
     assert host.lists_age(tmp_path) is None
 
 
@@ -191,7 +191,7 @@ def unit_states(text: str) -> dict[str, str]:
 
 
 def test_unit_files_are_judged_as_systemd_judges_them(unit_tree: Path) -> None:
-    files = host.UnitFiles(unit_tree)
+    files = host_units.UnitFiles(unit_tree)
     found = {name: files.state(name) for name in files.files}
     assert found == unit_states(recorded("list-unit-files-252"))
 
@@ -205,12 +205,12 @@ def test_systemctl_itself_agrees(unit_tree: Path, here: bool) -> None:
         ["systemctl", f"--root={root}", "list-unit-files", "--no-legend", "--plain", "--type=service,timer,socket,mount"],
         capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C"},
     )  # fmt: skip
-    files = host.UnitFiles(root)
+    files = host_units.UnitFiles(root)
     assert {name: files.state(name) for name in files.files} == unit_states(done.stdout)
 
 
 def test_units_are_told_with_what_they_do_and_how_they_start(unit_tree: Path) -> None:
-    found = host.units(recorded("list-units-252"), unit_tree)
+    found = host_units.units(recorded("list-units-252"), unit_tree)
     states = {name: (unit["active"], unit["enabled"]) for name, unit in found.items()}
     assert states["chrony.service"] == ("active", "enabled")
     assert states["chronyd.service"] == ("active", "alias")
@@ -227,11 +227,11 @@ def test_units_are_told_with_what_they_do_and_how_they_start(unit_tree: Path) ->
 
 
 def test_an_instance_that_is_enabled_and_does_not_run_is_told(unit_tree: Path) -> None:
-    assert host.units("", unit_tree)["vllm@chat.service"] == {"active": "inactive", "enabled": "enabled"}
+    assert host_units.units("", unit_tree)["vllm@chat.service"] == {"active": "inactive", "enabled": "enabled"}
 
 
 def test_newer_systemds_are_read_too(tmp_path: Path) -> None:
-    found = {name: unit["active"] for name, unit in host.units(recorded("list-units-257"), tmp_path).items()}
+    found = {name: unit["active"] for name, unit in host_units.units(recorded("list-units-257"), tmp_path).items()}
     assert found["ssh.socket"] == found["vllm@chat.service"] == found["user@1000.service"] == "active"
     assert found["nginx.service"] == "reloading"
     assert found[r"srv-models\x2dnfs.mount"] == "active"
@@ -261,7 +261,7 @@ def test_users_and_groups_are_the_local_ones() -> None:
     ],
 )
 def test_the_unit_is_read_from_the_control_group(cgroup: str, unit: str) -> None:
-    assert host.unit_of(cgroup) == unit
+    assert host_sockets.unit_of(cgroup) == unit
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ def proc(tmp_path: Path) -> Path:
 
 
 def test_ports_are_told_with_their_holders(proc: Path) -> None:
-    found = {(entry["address"], entry["port"]): (entry["program"], entry["unit"]) for entry in host.ports(proc)}
+    found = {(entry["address"], entry["port"]): (entry["program"], entry["unit"]) for entry in host_sockets.ports(proc)}
     assert found == {
         ("0.0.0.0", 443): ("nginx", "nginx.service"),
         ("192.168.1.2", 8000): ("vllm", "vllm@chat.service"),
@@ -297,17 +297,19 @@ def test_ports_are_told_with_their_holders(proc: Path) -> None:
         ("::ffff:127.0.0.1", 8003): ("", ""),
         ("2001:db8::1", 80): ("nginx", "nginx.service"),
     }
-    assert len(host.ports(proc)) == len(found), "one entry for the workers of one program"
+    assert len(host_sockets.ports(proc)) == len(found), "one entry for the workers of one program"
 
 
 def test_processes_of_containers_are_left_out(proc: Path) -> None:
     for process, namespace in (("self", 1), ("1", 1), ("70", 1), ("80", 2), ("81", 2), ("90", 1)):
         link(proc, f"{process}/ns/net", f"net:[{namespace}]")
-    assert {entry["program"] for entry in host.ports(proc)} == {"sshd", "vllm", ""}
+    assert {entry["program"] for entry in host_sockets.ports(proc)} == {"sshd", "vllm", ""}
 
 
 def test_file_systems_are_the_real_ones() -> None:
-    found = {mount["path"]: (mount["fstype"], mount["network"]) for mount in host.parse_mounts(recorded("mounts"))}
+    found = {
+        mount["path"]: (mount["fstype"], mount["network"]) for mount in host_mounts.parse_mounts(recorded("mounts"))
+    }
     assert found == {
         "/": ("ext4", False),
         "/boot/efi": ("vfat", False),
@@ -333,7 +335,7 @@ def test_a_file_server_is_not_asked_for_its_size(tmp_path: Path, monkeypatch: py
         return statvfs(path)
 
     monkeypatch.setattr(os, "statvfs", watched)
-    found = {mount["path"]: mount for mount in host.mounts(tmp_path)}
+    found = {mount["path"]: mount for mount in host_mounts.mounts(tmp_path)}
     assert asked == [str(tmp_path), f"{tmp_path}/srv/models"]
     assert 0 < found["/srv/models"]["free_bytes"] <= found["/srv/models"]["size_bytes"]
     assert found["/home"]["size_bytes"] is None
