@@ -124,7 +124,7 @@ from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils import model_unit
-from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import status_directory
+from ansible_collections.gpufleet.llm.plugins.module_utils.model_store_host import status_directory
 
 
 def unit_of(name: str) -> str:

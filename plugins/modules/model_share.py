@@ -87,7 +87,8 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils import model_server, model_unit
 from ansible_collections.gpufleet.llm.plugins.module_utils.fleet import with_port
-from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import Model, asks_for, manifest_of
+from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import Model, asks_for
+from ansible_collections.gpufleet.llm.plugins.module_utils.model_store_host import manifest_of
 
 UNIT = "model-share"
 

@@ -93,10 +93,8 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_progress import amount
-from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import (
-    Model,
-    ModelError,
-    is_model,
+from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import Model, ModelError, is_model
+from ansible_collections.gpufleet.llm.plugins.module_utils.model_store_host import (
     link,
     manifest_of,
     prune,

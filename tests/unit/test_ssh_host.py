@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.gpufleet.llm.plugins.module_utils import ssh
+from ansible_collections.gpufleet.llm.plugins.module_utils import ssh, ssh_look_host
 from ansible_collections.gpufleet.llm.plugins.module_utils.ssh_guard_host import Guard, GuardError
-from ansible_collections.gpufleet.llm.plugins.modules import ssh_change, ssh_look
+from ansible_collections.gpufleet.llm.plugins.modules import ssh_change
 
 from tests.nvidia import Answer
 
@@ -52,12 +52,12 @@ class Programs:
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     """A host with the files of a distribution below tmp_path."""
     fake = Programs()
-    monkeypatch.setattr(ssh_look, "Program", fake.start)
+    monkeypatch.setattr(ssh_look_host, "Program", fake.start)
     monkeypatch.setattr(
-        ssh_look, "session", lambda: {"user": ME, "address": "192.0.2.7", "server": "192.0.2.1", "port": 22}
+        ssh_look_host, "session", lambda: {"user": ME, "address": "192.0.2.7", "server": "192.0.2.1", "port": 22}
     )
-    monkeypatch.setattr(ssh_look, "listeners", lambda: [(22, "::", "1"), (2222, "::", "2")])
-    monkeypatch.setattr(ssh_look, "DIRECTORY", tmp_path / "rollback")
+    monkeypatch.setattr(ssh_look_host, "listeners", lambda: [(22, "::", "1"), (2222, "::", "2")])
+    monkeypatch.setattr(ssh_look_host, "DIRECTORY", tmp_path / "rollback")
     monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda **_options: Kept(tmp_path / "tried"))
     for name in ("CONFIG", "DROP_IN", "SOCKET_DROP_IN", "ED25519", "RSA", "ECDSA", "RSA_4096", "MODULI", "LONG_MODULI"):
         monkeypatch.setattr(ssh, name, str(tmp_path / getattr(ssh, name).lstrip("/")))
@@ -92,7 +92,7 @@ def look(**changes: Any) -> dict[str, Any]:
         "algorithms": {"Ciphers": ["aes256-gcm@openssh.com", "of-tomorrow", "aes256-ctr"], "HostKeyAlgorithms": ["ssh-ed25519"]},
         "ports": [22], "host_keys": "strict", "login_users": [], "authorized_keys": [], **changes,
     }  # fmt: skip
-    return ssh_look.Look(given).run()
+    return ssh_look_host.Look(given).run()
 
 
 def hardened(programs: Programs, **more: list[str]) -> dict[str, list[str]]:
@@ -154,7 +154,7 @@ def test_ports_are_added_first_and_go_when_nobody_comes_by_them(
     programs.now.update(programs.after)
     programs.after["listenaddress"] = ["[::]:2222", "0.0.0.0:2222"]
     monkeypatch.setattr(
-        ssh_look, "session", lambda: {"user": ME, "address": "192.0.2.7", "server": "192.0.2.1", "port": 2222}
+        ssh_look_host, "session", lambda: {"user": ME, "address": "192.0.2.7", "server": "192.0.2.1", "port": 2222}
     )
     found = look(ports=[2222])
     assert found["problems"] == [] and found["ports"] == [2222]
@@ -194,7 +194,7 @@ def test_who_would_be_locked_out(programs: Programs, monkeypatch: pytest.MonkeyP
     added = [{"user": ME, "keys": [Path(f"{ssh.ED25519}.pub").read_text()], "exclusive": False}]
     assert [problem for problem in look(authorized_keys=added)["problems"] if "no authorised key" in problem] == []
     assert "the user nobody-there, who has to be able" in look(login_users=["nobody-there"])["problems"][0]
-    monkeypatch.setattr(ssh_look, "session", dict)
+    monkeypatch.setattr(ssh_look_host, "session", dict)
     assert "nobody is known whose login has to be kept" in look()["problems"][0]
 
 
@@ -232,10 +232,15 @@ def test_the_session_is_found_among_the_parents(tmp_path: Path) -> None:
         os.getpid(), 70, SUDO_USER="fleet", USER="root", SSH_CONNECTION="1 2 3 4"
     )  # sudo that keeps it, with another name
     process(70, 60, LOGNAME="fleet", SSH_CONNECTION="192.0.2.7 50000 192.0.2.1 2222")
-    assert ssh_look.session(tmp_path) == {"user": "fleet", "address": "192.0.2.7", "server": "192.0.2.1", "port": 2222}
+    assert ssh_look_host.session(tmp_path) == {
+        "user": "fleet",
+        "address": "192.0.2.7",
+        "server": "192.0.2.1",
+        "port": 2222,
+    }
     (tmp_path / "70/environ").write_text("LOGNAME=fleet")
     process(60, 1)
-    assert ssh_look.session(tmp_path) == {}
+    assert ssh_look_host.session(tmp_path) == {}
 
 
 # --------------------------------------------------------------------------------------------------------------- the guard
