@@ -1,0 +1,191 @@
+"""Hosts that a run does not act on, and hosts that are dead: --limit names the hosts to act on, and a dead one stops nobody.
+
+A fleet of two inference hosts with the stand-in for vLLM and a gateway. One inference host is stopped before the first run; a second gateway
+is in the inventory and has never been there.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import ROOT, Done, on, program, request
+from tests.hosts import hosts
+from tests.stand_in import wheel
+
+FLEET = "e2e-limit"
+GATEWAY, WORKER, DEAD = (f"{FLEET}-{name}" for name in ("gateway", "gpu1", "gpu2"))
+ABSENT = f"{FLEET}-absent"  # a gateway
+LEASE = "/run/vllm-fleet/lease.json"
+ALICE = {
+    "run": "x",
+    "who": "alice",
+    "controller": "ctl9",
+    "pid": 7,
+    "place": "elsewhere",
+    "since": "2026-01-02 03:04:05",
+}
+KEY = "a" * 40
+HEADS = "Strict-Transport-Security"
+
+
+@dataclass
+class Small:
+    """The fleet, and what its inventory says today."""
+
+    directory: Path
+    variables: dict[str, Any]
+    addresses: dict[str, str]
+    host_variables: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def run(self, *arguments: str, **variables: Any) -> Done:
+        """Run site.yml; what is given on top of the inventory stays in it."""
+        self.variables |= variables
+        each = {
+            name: {"ansible_host": address, **self.host_variables.get(name, {})}
+            for name, address in self.addresses.items()
+        }
+        groups = {"gateway": [GATEWAY, ABSENT], "vllm": [WORKER, DEAD]}
+        inventory = {
+            "all": {"vars": self.variables, "hosts": each},
+            **{group: {"hosts": {name: {} for name in names}} for group, names in groups.items()},
+        }
+        file = self.directory / "hosts.json"
+        file.write_text(json.dumps(inventory))
+        return program("ansible-playbook", "site.yml", "-i", str(file), *arguments, check=False)
+
+    def ask(self, method: str, path: str, body: object = None) -> tuple[int, Any, str]:
+        """Ask the gateway: the status, the answer, and a header that its configuration decides."""
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        url = f"https://{self.addresses[GATEWAY]}"
+        reply = request(url, method, path, key=KEY, body=body, tls=context)
+        return reply.status, reply.json(), reply.headers.get(HEADS.lower(), "")
+
+    def complete(self) -> int:
+        """Ask for a completion."""
+        return self.ask("POST", "/v1/completions", {"model": "tiny", "prompt": "One", "max_tokens": 1})[0]
+
+
+def leases() -> dict[str, str]:
+    """Who holds the hosts that run."""
+    return {host: on(host, f"cat {LEASE} 2>/dev/null || true") for host in (GATEWAY, WORKER)}
+
+
+def told(done: Done) -> str:
+    """What a run said, its line breaks undone."""
+    return " ".join(done.output.split())
+
+
+def instance(port: int) -> list[dict[str, Any]]:
+    """The one instance of the inference hosts."""
+    return [{"name": "chat", "model": "tiny", "port": port, "options": {"max-model-len": 512}}]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
+    """The bare hosts, one of them stopped."""
+    directory = tmp_path_factory.mktemp("limit")
+    hosts.down(FLEET)
+    hosts.up(FLEET, dict.fromkeys((GATEWAY, WORKER, DEAD), "debian13"), ssh=directory / "ssh")
+    made, lock = wheel.write(directory / "stand-in")
+    on(WORKER, "mkdir /srv/stand-in")
+    hosts.docker("cp", str(made), f"{WORKER}:/srv/stand-in/{made.name}")
+    addresses = {name: hosts.address(name) for name in (GATEWAY, WORKER, DEAD)}
+    hosts.docker("stop", "--time", "0", DEAD)
+    addresses[ABSENT] = str(ipaddress.ip_address(addresses[DEAD]) + 100)
+    yield Small(
+        directory,
+        {
+            "ansible_ssh_common_args": f"-F {directory}/ssh/config",
+            "fleet_skip_roles": ["base", "firewall", "ssh_hardening"],
+            "vllm_device": "cpu",
+            "vllm_internal_key": "c" * 40,
+            "vllm_lock_file": str(lock),
+            "vllm_torch_backend": "",
+            "uv_find_links": ["/srv/stand-in"],
+            "model_store_models": [
+                {
+                    "name": "tiny",
+                    "source": "path",
+                    "path": f"{ROOT}/molecule/model_store/files/tiny-model",
+                    "copy": True,
+                }
+            ],
+            "vllm_instances": instance(8000),
+            "gateway_server_names": ["llm.test", addresses[GATEWAY]],
+            "gateway_routes": [{"model": "tiny", "instance": "chat"}],
+            "gateway_clients": [{"name": "a", "key": KEY, "requests_per_minute": 600, "concurrent_requests": 4}],
+        },
+        addresses,
+        # what is wrong with a host outside of --limit, too, stops nobody
+        {DEAD: {"vllm_start_timeout": "soon"}},
+    )
+    hosts.down(FLEET)
+
+
+def test_dead_hosts_do_not_keep_the_others_from_being_deployed(small: Small) -> None:
+    done = small.run()
+    assert f"{ABSENT}, {DEAD} cannot be reached and stay as before" in told(done), done.output
+    assert done.status == 4, done.output
+    recap = done.recap()
+    assert {name: (counters["unreachable"], counters["failed"]) for name, counters in recap.items()} == {
+        GATEWAY: (0, 0), WORKER: (0, 0), DEAD: (1, 0), ABSENT: (1, 0),
+    }  # fmt: skip
+    assert small.complete() == 200
+    assert set(leases().values()) == {""}
+
+
+def test_a_run_that_leaves_dead_hosts_out_is_a_good_one(small: Small) -> None:
+    done = small.run("--limit", f"{WORKER},{GATEWAY}")
+    assert done.status == 0, done.output
+    assert {name: counters["changed"] for name, counters in done.recap().items()} == {WORKER: 0, GATEWAY: 0}, (
+        done.output
+    )
+    assert f"{DEAD}: vllm_start_timeout is 'soon', but must be a whole number" in told(done).replace("''", "'")
+    assert set(leases().values()) == {""}
+
+
+def test_a_gateway_that_somebody_changes_is_left_to_them(small: Small) -> None:
+    """The instance moves to another port, and the gateway outside of --limit cannot be told of it yet."""
+    on(GATEWAY, f"cat >{LEASE}", stdin=json.dumps(ALICE))
+    before = on(GATEWAY, "cat /etc/nginx/backends.conf")
+    done = small.run("--limit", WORKER, vllm_instances=instance(8001))
+    assert done.status == 2, done.output
+    assert f"{GATEWAY} is being changed by alice on ctl9 (process 7)" in told(done)
+    assert on(GATEWAY, "cat /etc/nginx/backends.conf") == before
+    assert json.loads(leases()[GATEWAY]) == ALICE
+    on(GATEWAY, f"rm {LEASE}")
+
+
+def test_a_gateway_outside_of_the_limit_hears_what_concerns_it_and_nothing_else(small: Small) -> None:
+    _, health, header = small.ask("GET", "/healthz")
+    done = small.run("--limit", WORKER, gateway_hsts_seconds=1000)
+    assert done.status == 0, done.output
+    assert f"{ABSENT} is outside of --limit and cannot be reached" in told(done)
+    assert set(done.recap()) == {WORKER}
+    assert f"{small.addresses[WORKER]}:8001" in on(GATEWAY, "cat /etc/nginx/backends.conf")
+    assert small.complete() == 200
+    _, health_now, header_now = small.ask("GET", "/healthz")
+    assert (health_now["configuration"], header_now) == (health["configuration"], header)
+    assert health_now["backends"] != health["backends"]
+    assert set(leases().values()) == {""}
+
+
+def test_who_knows_already_is_not_told_again(small: Small) -> None:
+    """Neither by the next such run, nor does the gateway's own run find anything but its own work: the header of the test before."""
+    done = small.run("--limit", WORKER)
+    assert (done.status, done.recap()[WORKER]["changed"]) == (0, 0), done.output
+    before = on(GATEWAY, "stat --format %z /etc/nginx/backends.conf")
+    done = small.run("--limit", GATEWAY)
+    assert done.status == 0, done.output
+    assert on(GATEWAY, "stat --format %z /etc/nginx/backends.conf") == before
+    assert small.ask("GET", "/v1/models")[2] == "max-age=1000"
+    assert set(leases().values()) == {""}
