@@ -57,7 +57,7 @@ def test_a_host_that_fails_then_stops_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lost", [DEAD, {**ALIVE, "act": "false"}])
 def test_batches_end_with_the_first_host_that_fails_or_is_lost(tmp_path: Path, lost: dict[str, Any]) -> None:
-    plays = [play("serve.yml", "Change vLLM in batches where it serves")]
+    plays = [play("plays/serve.yml", "Change vLLM in batches where it serves")]
     hosts = {"a": ALIVE, "b": lost, "c": ALIVE, "d": ALIVE}
     code, said = run(tmp_path, plays, hosts, "--extra-vars", '{"fleet_batch": 2}')
     assert code != 0
@@ -68,7 +68,10 @@ def test_batches_end_with_the_first_host_that_fails_or_is_lost(tmp_path: Path, l
 
 
 def test_batches_go_on_without_a_host_that_was_dead_before(tmp_path: Path) -> None:
-    plays = [play("preflight.yml", "Look at the hosts"), play("serve.yml", "Change vLLM in batches where it serves")]
+    plays = [
+        play("preflight.yml", "Look at the hosts"),
+        play("plays/serve.yml", "Change vLLM in batches where it serves"),
+    ]
     # the dead host is in no group of hosts to change: those are made of what a host said
     plays[1]["hosts"] = "all:!b"
     code, said = run(tmp_path, plays, {"a": ALIVE, "b": DEAD, "c": ALIVE})

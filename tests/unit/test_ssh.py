@@ -66,7 +66,7 @@ def role_variables(release: str, **changes: object) -> dict[str, Any]:
     # what there is to do, and what is told, go by what a task found
     found = ("__ssh_hardening_told", "__ssh_hardening_over_ssh", "__ssh_hardening_installed")
     for name in texts:
-        if name not in found and not name.endswith("_due"):
+        if name not in found and not name.endswith(("_due", "_nothing_left")):
             variables[name] = rendered(texts[name])
     return variables
 
