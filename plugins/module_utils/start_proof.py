@@ -68,7 +68,11 @@ def config(wanted: Mapping[str, Any], model: str, port: int, memory_share: float
     # An instance's own choice may be for models of another kind.
     if wanted["config"].get("attention-config") == ATTENTION_WITHOUT_COMPILER:
         found["attention-config"] = ATTENTION_WITHOUT_COMPILER
-    if memory_share is not None:
+    if memory_share is None:
+        # In bfloat16 the attention of 0.32 takes AMX where a processor has it, and leaves it to the products of a real model to ask the kernel
+        # for that: with a tiny one alone the engine dies of an illegal instruction.
+        found["dtype"] = "float32"
+    else:
         found["gpu-memory-utilization"] = memory_share
         found["kv-cache-memory-bytes"] = KV_CACHE_BYTES
     return found

@@ -50,6 +50,13 @@ def test_the_proof_is_the_instance_with_a_tiny_model() -> None:
     assert "gpu-memory-utilization" not in closed, "a CPU has none"
 
 
+def test_the_proof_on_a_cpu_is_in_float32() -> None:
+    """In bfloat16 a tiny model alone dies on processors with AMX."""
+    asked = wanted(options={"dtype": "bfloat16"})
+    assert start_proof.instance(asked, "/m", 1, None)["config"]["dtype"] == "float32"
+    assert start_proof.instance(asked, "/m", 1, 0.02)["config"]["dtype"] == "bfloat16"
+
+
 def test_a_proof_in_a_container_is_published_on_loopback() -> None:
     chat = {
         **wanted(),
