@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pyinfra import host  # type: ignore[import-not-found]
 from pyinfra.facts.files import File as FileFact  # type: ignore[import-not-found]
+from pyinfra.facts.files import Link as LinkFact
 from pyinfra.facts.files import FindFiles
 from pyinfra.facts.server import Command  # type: ignore[import-not-found]
 from pyinfra.operations import apt, files, server, systemd  # type: ignore[import-not-found]
@@ -42,8 +43,8 @@ def all_hosts() -> None:
 
 def vllm_hosts() -> None:
     """The roles uv and vllm, without the release and the weights."""
-    assert host.get_fact(FileFact, "/usr/local/bin/uv"), "uv is not there"
-    assert host.get_fact(FileFact, "/usr/local/bin/uvx"), "uvx is not there"
+    assert host.get_fact(LinkFact, "/usr/local/bin/uv"), "uv is not there"
+    assert host.get_fact(LinkFact, "/usr/local/bin/uvx"), "uvx is not there"
     host.get_fact(Command, "/usr/local/bin/uv --version")
     directory("/etc/uv")
     put("/etc/uv/uv.toml")
