@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pyinfra import host  # type: ignore[import-not-found]
 from pyinfra.facts.files import File as FileFact  # type: ignore[import-not-found]
-from pyinfra.facts.files import Link as LinkFact
 from pyinfra.facts.files import FindFiles
+from pyinfra.facts.files import Link as LinkFact
 from pyinfra.facts.server import Command  # type: ignore[import-not-found]
 from pyinfra.operations import apt, files, server, systemd  # type: ignore[import-not-found]
 
