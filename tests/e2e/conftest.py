@@ -50,6 +50,16 @@ ENVIRONMENT = {
     "ANSIBLE_FORCE_COLOR": "0",
 }
 KEEP = os.environ.get("E2E_KEEP", "") == "1"
+LEASE = "/run/vllm-fleet/lease.json"
+# Of a run on another controller, which nobody here can ask.
+STRANGERS_LEASE = {
+    "run": "x",
+    "who": "alice",
+    "controller": "ctl9",
+    "pid": 7,
+    "place": "elsewhere",
+    "since": "2026-01-02 03:04:05",
+}
 # Its request comes in on its input: keys do not belong into a command line.
 CURL = "curl --silent --output /dev/null --write-out '%{http_code}' --config -"
 # Modules run as `/usr/bin/python3`, or quickly as `/usr/bin/python3 -I -`, that reads its program from its input.

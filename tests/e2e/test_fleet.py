@@ -41,10 +41,12 @@ from tests.e2e.conftest import (
     FIGURES,
     GATEWAY,
     KILL_MODULES,
+    LEASE,
     LEFTOVERS,
     NAME,
     ROOT,
     RUNTIME,
+    STRANGERS_LEASE,
     UNIT,
     WORKERS,
     Done,
@@ -584,8 +586,6 @@ def test_hosts_come_back_from_a_reboot_by_themselves(fleet: Fleet) -> None:
 
 # --- runs that meet, and runs that die ---
 
-LEASE = "/run/vllm-fleet/lease.json"
-
 
 def test_two_operators_never_change_a_host_at_the_same_time(fleet: Fleet) -> None:
     """The second is told who is first, and holds nothing afterwards. Then a run on another controller that nobody can ask."""
@@ -608,15 +608,7 @@ def test_two_operators_never_change_a_host_at_the_same_time(fleet: Fleet) -> Non
     assert {counters["changed"] for counters in second.recap().values()} == {0}
 
     worker = WORKERS[0]
-    other = {
-        "run": "x",
-        "who": "alice",
-        "controller": "ctl9",
-        "pid": 7,
-        "place": "elsewhere",
-        "since": "2026-01-02 03:04:05",
-    }
-    on(worker, f"cat >{LEASE}", stdin=json.dumps(other))
+    on(worker, f"cat >{LEASE}", stdin=json.dumps(STRANGERS_LEASE))
     refused = playbook("site.yml", "--tags", "base", check=False)
     assert refused.status != 0
     assert "alice on ctl9 (process 7), since 2026-01-02 03:04:05 UTC" in " ".join(refused.output.split())

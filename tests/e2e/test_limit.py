@@ -16,22 +16,13 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import ROOT, Done, on, program, request
+from tests.e2e.conftest import LEASE, ROOT, STRANGERS_LEASE, Done, on, program, request
 from tests.hosts import hosts
 from tests.stand_in import wheel
 
 FLEET = "e2e-limit"
 GATEWAY, WORKER, DEAD = (f"{FLEET}-{name}" for name in ("gateway", "gpu1", "gpu2"))
 ABSENT = f"{FLEET}-absent"  # a gateway
-LEASE = "/run/vllm-fleet/lease.json"
-ALICE = {
-    "run": "x",
-    "who": "alice",
-    "controller": "ctl9",
-    "pid": 7,
-    "place": "elsewhere",
-    "since": "2026-01-02 03:04:05",
-}
 KEY = "a" * 40
 HEADS = "Strict-Transport-Security"
 
@@ -155,13 +146,13 @@ def test_a_run_that_leaves_dead_hosts_out_is_a_good_one(small: Small) -> None:
 
 def test_a_gateway_that_somebody_changes_is_left_to_them(small: Small) -> None:
     """The instance moves to another port, and the gateway outside of --limit cannot be told of it yet."""
-    on(GATEWAY, f"cat >{LEASE}", stdin=json.dumps(ALICE))
+    on(GATEWAY, f"cat >{LEASE}", stdin=json.dumps(STRANGERS_LEASE))
     before = on(GATEWAY, "cat /etc/nginx/backends.conf")
     done = small.run("--limit", WORKER, vllm_instances=instance(8001))
     assert done.status == 2, done.output
     assert f"{GATEWAY} is being changed by alice on ctl9 (process 7)" in told(done)
     assert on(GATEWAY, "cat /etc/nginx/backends.conf") == before
-    assert json.loads(leases()[GATEWAY]) == ALICE
+    assert json.loads(leases()[GATEWAY]) == STRANGERS_LEASE
     on(GATEWAY, f"rm {LEASE}")
 
 
