@@ -12,6 +12,7 @@ description:
   - Asks every instance at the same time, with its real model name, until it answers or the deadline is over.
   - Gives up at once on an instance whose unit failed or was restarted by systemd meanwhile.
   - C(/health) is not asked. It says 200 while the engine hangs (vLLM issue 36451).
+  - An instance that answers somebody without its key does not pass.
 options:
   instances:
     description: Instances to ask.
@@ -151,6 +152,19 @@ def ask_by(api: str, instance: dict[str, Any], key: str, timeout: float) -> str:
     return f"an answer without content: {json.dumps(answer)[:300]}"
 
 
+def answers_anybody(instance: dict[str, Any], timeout: float) -> bool:
+    """Whether it answers somebody who shows no key."""
+    address = urlsplit(instance["url"])
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=timeout)
+    try:
+        connection.request("GET", "/v1/models")
+        return connection.getresponse().status == http.client.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
 def telling_lines(journal: str, limit: int = 12) -> list[str]:
     """The lines of a journal that say what went wrong, oldest first, without repeats; the last ones when none does."""
     lines = [line.rstrip() for line in journal.splitlines() if line.strip()]
@@ -209,6 +223,9 @@ class Gate:
             reason = ask(
                 instance, self.module.params["api_key"], max(1.0, min(left, self.module.params["request_timeout"]))
             )
+            if not reason and answers_anybody(instance, max(1.0, left)):
+                reason = "it answers without the internal key"
+                break
             if not reason:
                 return {"name": instance["name"], "seconds": round(time.monotonic() - begun, 1)}
             if unit:

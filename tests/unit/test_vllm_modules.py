@@ -54,6 +54,11 @@ class Upstream(http.server.BaseHTTPRequestHandler):
     """Answers as the test wants."""
 
     answer: Callable[[dict[str, Any], str], tuple[int, str]]
+    without_key = 401
+
+    def do_GET(self) -> None:
+        self.send_response(self.without_key)
+        self.end_headers()
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -111,6 +116,15 @@ def test_the_gate_asks_for_one_token_of_the_real_model_with_the_key(upstream: An
 def test_an_answer_that_is_none_does_not_pass(upstream: Any, status: int, text: str, expected: str) -> None:
     upstream.answer = staticmethod(lambda _body, _key: (status, text))
     assert expected in completion_gate.ask(instance(upstream.url), "k", 5)
+
+
+@pytest.mark.parametrize(("status", "passes"), [(401, True), (403, True), (200, False)])
+def test_an_instance_that_answers_anybody_does_not_pass(upstream: Any, status: int, passes: bool) -> None:
+    upstream.answer = staticmethod(lambda _body, _key: (200, '{"choices": [{"text": "x"}]}'))
+    upstream.without_key = status
+    gate = completion_gate.Gate(FakeModule(Path("/nowhere"), timeout=30, request_timeout=5, api_key="k"))
+    told = gate.wait(instance(upstream.url))
+    assert told.get("reason") == (None if passes else "it answers without the internal key")
 
 
 def test_an_embedding_passes_for_a_pooling_model(upstream: Any) -> None:
