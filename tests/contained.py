@@ -41,7 +41,8 @@ class Instances:
 
     def version(self, port: int = 8010) -> str:
         """What an image that plays vLLM says of itself."""
-        return str(json.loads(self.sh("curl -sS -m 10 http://127.0.0.1:%s/version", str(port)))["version"])
+        shown = f"Authorization: Bearer {KEY}"
+        return str(json.loads(self.sh("curl -sS -m 10 -H %s http://127.0.0.1:%s/version", shown, str(port)))["version"])
 
     def show(self, name: str, key: str) -> str:
         """A property of the unit."""

@@ -283,9 +283,7 @@ def wanted_content(wanted: dict[str, Any], inputs: Mapping[str, str], release: s
     if runtime == "systemd":
         return {**content, "release": release}
     container = wanted["container"]
-    file = vllm_container.compose(
-        wanted, config, owner_of(container["user"]), container["key_file"], container["serve"]
-    )
+    file = vllm_container.compose(wanted, config, owner_of(container["user"]), container)
     return {**content, COMPOSE: json.dumps(file, indent=2) + "\n"}
 
 

@@ -49,6 +49,7 @@ OUTPUTS = {
     "nvidia_driver_look",
     "tls_certificate_present",
     "vllm_activation",
+    "vllm_former_keys",
     "vllm_status",
 }
 

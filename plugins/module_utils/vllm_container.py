@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 # What makes a generation one that runs in a container.
@@ -24,8 +24,13 @@ GIB = 1024**3
 # As for the unit of the other runtime.
 PIDS = 16384
 CDI_KIND = "nvidia.com/gpu"
-# What an image has to have is in docs/containers.md: sh, cat and vllm on its PATH.
+# What an image has to have is in docs/containers.md: sh and vllm on its PATH.
 SERVE = "/run/vllm/serve"
+# Where it finds what stands in front of vLLM, and the hashes of the keys that are taken: directories, since files in them are replaced.
+LIBRARY = "/run/vllm/lib"
+KEYS = "/run/vllm/keys"
+# Where generations from before that read the key itself.
+KEY = "/run/secrets/internal_key"
 
 
 def image_problem(image: str, allow_tags: bool) -> str:
@@ -131,12 +136,12 @@ def weights(config: Mapping[str, Any], models_path: str) -> list[str]:
 
 
 def compose(
-    wanted: Mapping[str, Any], config: Mapping[str, Any], owner: str, key_file: str, serve: str
+    wanted: Mapping[str, Any], config: Mapping[str, Any], owner: str, shared: Mapping[str, str]
 ) -> dict[str, Any]:
     """The compose file of an instance in a container. Relative paths are files of its generation, beside it.
 
     `wanted` is an instance as generation() of vllm gives it, `config` its configuration with the very revisions of its models, `owner`
-    the uid and gid that it runs as, `key_file` and `serve` the files that have the key and start vLLM.
+    the uid and gid that it runs as, `shared` where those of all instances are: `serve`, which starts vLLM, and the directories `library` and `keys`.
     """
     container = wanted["container"]
     cache = container["cache"]
@@ -155,8 +160,9 @@ def compose(
         "volumes": [
             mount("./config.yaml", "/run/vllm/config.yaml"),
             mount("./environment", "/run/vllm/environment"),
-            mount(serve, SERVE),
-            mount(key_file, "/run/secrets/internal_key"),
+            mount(shared["serve"], SERVE),
+            mount(shared["library"], LIBRARY),
+            mount(shared["keys"], KEYS),
             *(mount(path) for path in weights(config, container["models_path"])),
             mount(cache, read_only=False),
         ],
@@ -200,6 +206,11 @@ def exported(compose_file: Mapping[str, Any], name: str) -> dict[str, Any]:
     service = compose_file["services"][SERVICE]
     changed = {"container_name": name, "pull_policy": "missing", "restart": "unless-stopped"}
     return {"name": name, "services": {SERVICE: {**service, **changed}}}
+
+
+def reads_key(compose_texts: Iterable[str]) -> bool:
+    """Whether any container of these compose files reads the internal key itself."""
+    return any(f'"{KEY}"' in text for text in compose_texts)
 
 
 def image_of(compose_text: str) -> str:

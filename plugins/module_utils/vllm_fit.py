@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from ansible_collections.gpufleet.llm.plugins.module_utils import vllm_keys
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import checked_options, option_problems
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import engine_problems
 
@@ -146,8 +147,20 @@ def judge(
         ],
         "pending": [entry["name"] for entry in differing if not entry["held"]],
         "obsolete": [entry["name"] for entry in strangers if not entry["held"]],
+        "internal_keys": internal_keys(findings, settings),
         # what is held may have another port or name than the inventory says
         "gates": [held.get(instance["name"], {}).get("gate") or instance["gate"] for instance in wanted],
+    }
+
+
+def internal_keys(findings: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Which internal keys are to be taken: now, and once no gateway shows a former one any more."""
+    text, wanted, clock = findings["accepted_keys"], str(settings["internal_key"]), int(findings["clock"])
+    return {
+        "accepted": vllm_keys.accepted(text, wanted, clock),
+        "ending": vllm_keys.ending(text, wanted, clock + int(settings["former_key_seconds"])),
+        "former": vllm_keys.former(text, wanted),
+        "notes": vllm_keys.notes(text, wanted, clock),
     }
 
 

@@ -184,7 +184,7 @@ def exported(instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for wanted in instances:
         container, config = wanted["container"], wanted["config"]
         user = generations_host.owner_of(container["user"])
-        file = vllm_container.compose(wanted, config, user, "./internal_key", "./serve")
+        file = vllm_container.compose(wanted, config, user, {"serve": "./serve", "library": "./lib", "keys": "./keys"})
         found.append(
             {
                 "name": wanted["name"],

@@ -35,10 +35,15 @@ options:
   container_unit:
     description: The unit of instances in containers, as M(gpufleet.llm.vllm_generation) takes it.
     type: path
+  accepted_keys:
+    description: The file with the hashes of the internal keys that instances take.
+    type: path
+    default: /nonexistent
   settings:
     description:
       - What to judge by. C(device), where the instances compute, V(cuda) or V(cpu); C(gpus) and C(memory_bytes) of the host, as
-        M(gpufleet.llm.host_facts) gives them; C(release_gb), disk space in GB that a release takes while it is built.
+        M(gpufleet.llm.host_facts) gives them; C(release_gb), disk space in GB that a release takes while it is built; C(internal_key), the SHA-256
+        of the wanted internal key, and C(former_key_seconds), for how long a former one is taken once no gateway shows it any more.
       - C(require_models) says whether a model or an engine that is not there is a problem. In check mode a model never is, because the run would bring
         it, and an engine is not before the first instance runs.
       - Without it nothing is judged.
@@ -84,6 +89,12 @@ obsolete:
   returned: when O(settings) is given
   type: list
   elements: str
+internal_keys:
+  description:
+    - What is to be in O(accepted_keys). C(accepted) is the file in which the wanted key is taken beside what is taken, C(ending) the one in which all
+      others end; C(former) says whether another key is taken without an end, and C(notes) the same in words.
+  returned: when O(settings) is given
+  type: dict
 gates:
   description: How to ask the wanted instances, for M(gpufleet.llm.completion_gate); one that is held as it is.
   returned: when O(settings) is given
@@ -103,6 +114,15 @@ findings:
     container_files:
       description: Whether the host has what instances in containers need beside their generations. It keeps it, because one may come back to a container.
       type: bool
+    container_key:
+      description: Whether a generation is there whose container reads the internal key itself, as all did before.
+      type: bool
+    accepted_keys:
+      description: The text of O(accepted_keys); where there is no such file yet, the hash of the key that instances were started with.
+      type: str
+    clock:
+      description: The host's time, in seconds of the epoch.
+      type: int
     instances:
       description: Instances that are there or wanted.
       type: list
@@ -186,11 +206,13 @@ findings:
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_container
+from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_container, vllm_keys
+from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import checked_options
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container_host import Engine
@@ -302,6 +324,13 @@ def instance_findings(module: AnsibleModule) -> list[dict[str, Any]]:
     return found
 
 
+def accepted_keys(module: AnsibleModule) -> str:
+    """Which keys instances take; those that were started before there was such a file took the one key of the host."""
+    file = Path(module.params["accepted_keys"])
+    key = read(Path(module.params["config_path"]) / "internal_key")
+    return vllm_keys.rendered({vllm_keys.digest(key): None}) if key and not file.exists() else read(file)
+
+
 def look(module: AnsibleModule) -> dict[str, Any]:
     """The findings."""
     wanted: list[dict[str, Any]] = module.params["wanted"]
@@ -315,6 +344,11 @@ def look(module: AnsibleModule) -> dict[str, Any]:
         "node": os.uname().nodename,
         "deployed": Path(module.params["config_path"]).is_dir(),
         "container_files": Path(module.params["container_unit"] or "/nonexistent").exists(),
+        "container_key": vllm_container.reads_key(
+            read(file) for file in Path(module.params["config_path"]).glob(f"*/*/{vllm_container.COMPOSE}")
+        ),
+        "accepted_keys": accepted_keys(module),
+        "clock": int(time.time()),
         "instances": instance_findings(module),
         "models": {instance["name"]: model_findings(instance) for instance in wanted},
         "release": release_findings(Path(module.params["release"]), served),
@@ -330,6 +364,7 @@ ARGUMENTS: dict[str, Any] = {
     "release": {"type": "path", "default": "/nonexistent"},
     "inputs": {"type": "dict", "default": {}},
     "container_unit": {"type": "path"},
+    "accepted_keys": {"type": "path", "default": "/nonexistent", "no_log": False},
     "settings": {"type": "dict"},  # the action keeps it
 }
 

@@ -53,10 +53,22 @@ def vllm_hosts() -> None:
     for user in ("vllm", "model-store"):
         server.group(user, system=True)
         server.user(user, home="/nonexistent", shell="/usr/sbin/nologin", system=True, ensure_home=False)  # noqa: S604 - its login shell
-    for path in ("/etc/vllm", "/etc/vllm/chat", "/opt/vllm/releases", "/opt/vllm/locks", "/opt/vllm/bin"):
+    for path in (
+        "/etc/vllm",
+        "/etc/vllm/chat",
+        "/etc/vllm-keys",
+        "/opt/vllm/releases",
+        "/opt/vllm/locks",
+        "/opt/vllm/bin",
+        "/opt/vllm/lib",
+    ):
         directory(path)
     files.directory("/srv/models")
     put("/etc/vllm/internal_key", "600")
+    files.put(
+        src=str(FILES / "etc/vllm-keys/accepted"), dest="/etc/vllm-keys/accepted", user="root", group="vllm", mode="640", add_deploy_dir=False
+    )  # fmt: skip
+    put("/opt/vllm/lib/fleet_internal_key.py")
     put("/etc/systemd/system/vllm@.service")
     put("/opt/vllm/bin/vllm-serve", "755")
     put("/opt/vllm/bin/dump_options.py")

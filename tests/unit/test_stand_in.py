@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import os
@@ -23,6 +24,7 @@ from tests.stand_in import contract, wheel
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "k" * 32
+MIDDLEWARE = ROOT / "roles/vllm/files"
 
 
 @dataclass
@@ -77,11 +79,13 @@ def start(site: Path, home: Path, **options: object) -> tuple[subprocess.Popen[b
     configuration = home / "config.yaml"
     configuration.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in told.items()))
     output = home / "log"
+    (home / "accepted").write_text(f"{hashlib.sha256(KEY.encode()).hexdigest()}\n")
+    environment = {"PYTHONPATH": f"{site}:{MIDDLEWARE}", "HOME": str(home), "FLEET_INTERNAL_KEYS": str(home / "accepted")}  # fmt: skip
     program = "import sys; from vllm.entrypoints.cli.main import main; sys.exit(main())"
     with output.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", program, "serve", "--config", str(configuration)],
-            env={**os.environ, "PYTHONPATH": str(site), "HOME": str(home), "VLLM_API_KEY": KEY},
+            [sys.executable, "-c", program, "serve", "--config", str(configuration), "--middleware", "fleet_internal_key.InternalKey"],
+            env={**os.environ, **environment},
             stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
     return process, port, output

@@ -29,7 +29,7 @@ def wanted(**change: Any) -> dict[str, Any]:
     """An instance in a container."""
     container = {
         "image": IMAGE, "publish": "10.0.0.5:8000:8000", "cache": "/var/cache/vllm/chat", "stop_seconds": 90, "user": "root", "memory": "64g",
-        "shm_size": "8g", "models_path": "/srv/models", "key_file": "/etc/vllm/container_key", "serve": "/opt/vllm/bin/serve",
+        "shm_size": "8g", "models_path": "/srv/models", "keys": "/etc/vllm-keys", "library": "/opt/vllm/lib", "serve": "/opt/vllm/bin/serve",
     }  # fmt: skip
     return {
         "name": "chat",
@@ -46,7 +46,7 @@ def wanted(**change: Any) -> dict[str, Any]:
 def service(**change: Any) -> dict[str, Any]:
     """The service of its compose file."""
     entry = wanted(**change)
-    made = vllm_container.compose(entry, entry["config"], "998:997", "/etc/vllm/container_key", "/opt/vllm/bin/serve")
+    made = vllm_container.compose(entry, entry["config"], "998:997", entry["container"])
     found: dict[str, Any] = made["services"]["vllm"]
     return found
 
@@ -491,7 +491,8 @@ def test_what_is_exported_needs_nothing_of_this_host(host: Path) -> None:
         "./config.yaml",
         "./environment",
         "./serve",
-        "./internal_key",
+        "./lib",
+        "./keys",
         "/srv/models",
         "/var/cache/vllm/chat",
     ]

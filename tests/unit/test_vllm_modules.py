@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_fit
+from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_container, vllm_fit, vllm_keys
 from ansible_collections.gpufleet.llm.plugins.modules import (
     completion_gate,
     vllm_generation,
@@ -269,6 +269,7 @@ class FakeModule:
             "config_path": str(path),
             "inputs": {},
             "container_unit": None,
+            "accepted_keys": "/nonexistent",
             "release": "/opt/r1",
             "keep": 2,
             "releases_path": None,
@@ -568,7 +569,10 @@ def look(path: Path, *instances: dict[str, Any], **parameters: Any) -> dict[str,
 def judge(
     findings: dict[str, Any], *instances: dict[str, Any], check_mode: bool = False, **more: Any
 ) -> dict[str, Any]:
-    settings = {"device": "cpu", "release_gb": 1, "gpus": [], "memory_bytes": 64 * vllm_fit.GB, "require_models": False}
+    settings = {
+        "device": "cpu", "release_gb": 1, "gpus": [], "memory_bytes": 64 * vllm_fit.GB, "require_models": False,
+        "internal_key": vllm_keys.digest("new"), "former_key_seconds": 60,
+    }  # fmt: skip
     return vllm_fit.judge(findings, instances, {**settings, **more}, check_mode)
 
 
@@ -627,6 +631,34 @@ def test_the_look_says_which_generations_there_are_and_what_they_run(tmp_path: P
     assert (said["pending"], said["obsolete"]) == ([], [])
     assert "stays as it is, because it is held: ann, since noon. Without" in said["warnings"][0]
     assert said["gates"] == [{"name": "chat", "model": "qwen"}], "it is asked as it is"
+
+
+def test_the_look_says_which_keys_are_taken_and_which_are_to_be(tmp_path: Path) -> None:
+    old, new = (f"{vllm_keys.digest(key)}\n" for key in ("old", "new"))
+    file = tmp_path / "accepted"
+
+    def keys() -> tuple[dict[str, Any], int]:
+        found = look(tmp_path, accepted_keys=str(file))
+        return judge(found)["internal_keys"], found["clock"]
+
+    assert keys()[0] | {"ending": ""} == {"accepted": new, "ending": "", "former": False, "notes": []}
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/internal_key").write_text("old")  # of instances that were started before there was such a file
+    assert (keys()[0]["accepted"], keys()[0]["former"]) == (new + old, True)
+    file.write_text(new + old)
+    said, clock = keys()
+    assert (said["accepted"], said["ending"], said["former"]) == (new + old, f"{new}{old.strip()} {clock + 60}\n", True)
+    file.write_text(new)
+    assert keys()[0]["accepted"] == new, "a key that was taken away does not come back"
+
+
+def test_a_container_that_reads_the_key_itself_is_known(tmp_path: Path) -> None:
+    generation = tmp_path / "etc/chat/1"
+    generation.mkdir(parents=True)
+    assert look(tmp_path)["container_key"] is False
+    volumes = [vllm_container.mount("/etc/vllm/container_key", "/run/secrets/internal_key")]
+    (generation / "compose.json").write_text(json.dumps({"services": {"vllm": {"volumes": volumes}}}, indent=2))
+    assert look(tmp_path)["container_key"] is True
 
 
 def test_the_whole_table_of_options_comes_for_one_that_is_not_in_it(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 from ansible_collections.gpufleet.llm.plugins.module_utils import vllm_status
 
 INPUTS = {
-    "systemd": ["/etc/systemd/system/vllm@.service", "/etc/vllm/internal_key"],
-    "docker": ["/etc/vllm/container_key"],
+    "systemd": ["/etc/systemd/system/vllm@.service", "/opt/vllm/bin/vllm-serve"],
+    "docker": ["/etc/vllm/container.service"],
 }
 
 
@@ -55,9 +55,9 @@ def test_the_table() -> None:
     ("changed", "differing"),
     [
         ([], ["c"]),
-        (["/etc/vllm/internal_key"], ["a", "c"]),
-        (["/etc/vllm/container_key"], ["b", "c"]),
-        (["/etc/vllm/unrelated"], ["c"]),
+        (["/opt/vllm/bin/vllm-serve"], ["a", "c"]),
+        (["/etc/vllm/container.service"], ["b", "c"]),
+        (["/etc/vllm/internal_key"], ["c"]),
     ],
 )
 def test_a_file_that_an_instance_reads_makes_it_differ(changed: list[str], differing: list[str]) -> None:

@@ -215,10 +215,15 @@ def test_the_key_is_seen_by_nobody(host: Host) -> None:
         "systemctl show vllm@chat vllm@other; systemctl cat vllm@chat; cat /etc/vllm/chat/*/* /opt/vllm/bin/*;"
         " journalctl --no-pager; cat /proc/[0-9]*/cmdline | tr '\\0' ' '; grep -r . /var/log /var/cache/vllm/*/vllm 2>/dev/null"
     )
-    told = host.run(places).stdout
+    environments = "".join(f"; tr '\\0' ' ' </proc/{main_pid(host, name)}/environ" for name in UNITS)
+    told = host.run(places + environments).stdout
     assert "smollm2" in told
+    assert "FLEET_INTERNAL_KEYS=" in told
     assert KEY not in told
     assert host.file("/etc/vllm/internal_key").mode == 0o600
+    accepted = host.file("/etc/vllm-keys/accepted")
+    assert (accepted.mode, accepted.user, accepted.group) == (0o640, "root", "vllm")
+    assert KEY not in accepted.content_string
 
 
 def test_the_environment_arrives_as_it_was_written(host: Host) -> None:

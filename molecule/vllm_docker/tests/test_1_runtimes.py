@@ -93,12 +93,14 @@ def test_the_key_is_seen_by_nobody(instances: Instances, name: str) -> None:
         f"systemctl show vllm@{name}; systemctl cat vllm@{name}; cat /etc/vllm/{name}/*/* /opt/vllm/bin/*; journalctl --no-pager;"
         " cat /proc/[0-9]*/cmdline | tr '\\0' ' '; docker inspect $(docker ps --all --quiet); docker logs $(docker ps --quiet) 2>&1"
     )
-    told = instances.host.run(places).stdout
+    told = instances.host.run(f"{places}; tr '\\0' ' ' </proc/{process(instances, name)}/environ").stdout
     assert MODEL in told
+    assert "FLEET_INTERNAL_KEYS=" in told
     assert KEY not in told
     assert instances.host.file("/etc/vllm/internal_key").mode == 0o600
-    key = instances.host.file("/etc/vllm/container_key")
-    assert (key.mode, key.user, key.group) == (0o640, "root", "vllm")
+    keys = instances.host.file("/etc/vllm-keys/accepted")
+    assert (keys.mode, keys.user, keys.group) == (0o640, "root", "vllm")
+    assert not instances.host.file("/etc/vllm/container_key").exists
 
 
 @both

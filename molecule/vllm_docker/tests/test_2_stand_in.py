@@ -299,17 +299,24 @@ def test_what_is_exported_runs_by_compose_alone(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     made = tmp_path / host_name(host) / "small"
-    assert sorted(file.name for file in made.iterdir()) == ["compose.yaml", "config.yaml", "environment", "serve"]
+    assert sorted(file.name for file in made.iterdir()) == [
+        "compose.yaml",
+        "config.yaml",
+        "environment",
+        "lib",
+        "serve",
+    ]
     assert (made / "environment").stat().st_mode & 0o777 == 0o600
     text = (made / "compose.yaml").read_text()
-    assert KEY not in "".join(file.read_text() for file in made.iterdir())
+    assert KEY not in "".join(file.read_text() for file in made.rglob("*") if file.is_file())
     # by the words at the beginning of the file
     user = instances.sh("echo $(id -u vllm):$(id -g vllm)")
-    assert f"chown {user} internal_key environment" in text
+    assert f"chown {user} keys/accepted environment" in text
     subprocess.run(["docker", "cp", str(made), f"{host_name(host)}:/srv/moved"], check=True, capture_output=True)
     key = "f" * 64
-    instances.sh("printf %s >/srv/moved/internal_key", key)
-    instances.sh("cd /srv/moved && chown %s internal_key environment && chmod 0400 internal_key environment", user)
+    instances.sh("cd /srv/moved && mkdir keys && printf %s >internal_key", key)
+    instances.sh("cd /srv/moved && sha256sum internal_key | cut -c 1-64 >keys/accepted")
+    instances.sh("cd /srv/moved && chown %s keys/accepted environment && chmod 0400 keys/accepted environment", user)
     instances.sh("systemctl stop %s", UNIT)
     try:
         instances.sh("cd /srv/moved && docker compose up --detach --quiet-pull 2>&1")
@@ -320,6 +327,45 @@ def test_what_is_exported_runs_by_compose_alone(
         instances.sh("cd /srv/moved && docker compose down 2>&1; rm -r /srv/moved")
     instances.sh("systemctl start %s", UNIT)
     instances.until_it_answers(8010)
+
+
+# --- the internal key
+
+
+def test_a_new_key_is_taken_without_another_container(host: Host, instances: Instances, images: dict[str, str]) -> None:
+    """The file with the keys is replaced by rename, which a container sees that has its directory. Then the first key comes back."""
+    before, other = instances.pid("small"), "f" * 64
+    for key, former in ((other, KEY), (KEY, other)):
+        run(host, images["good"], vllm_internal_key=key)
+        assert [instances.ask(8010, key=each)[0] for each in (key, former)] == [200, 200]
+        run(host, images["good"], entry_point="end_former_keys", vllm_internal_key=key, vllm_former_key_seconds=0)
+        assert [instances.ask(8010, key=each)[0] for each in (key, former)] == [200, 401]
+    assert instances.pid("small") == before
+
+
+def test_a_generation_from_before_has_its_key_until_it_is_gone(
+    host: Host, instances: Instances, images: dict[str, str]
+) -> None:
+    """It read the key itself, at another place. A crash starts it still, with what starts all of them now, and going back leads to it."""
+    compose, number = "/etc/vllm/small/current/compose.json", instances.generation("small")
+    made = json.loads(instances.sh("cat %s", compose))
+    volumes = made["services"]["vllm"]["volumes"]
+    now = [entry for entry in volumes if entry["target"] in ("/run/vllm/lib", "/run/vllm/keys")]
+    assert len(now) == 2
+    made["services"]["vllm"]["volumes"] = [
+        *(entry for entry in volumes if entry not in now),
+        {**now[0], "source": "/etc/vllm/container_key", "target": "/run/secrets/internal_key"},
+    ]
+    instances.sh("printf %s >%s", json.dumps(made, indent=2), compose)
+    instances.sh("printf %s >/etc/vllm/container_key && chgrp vllm /etc/vllm/container_key", KEY)
+    instances.sh("systemctl stop %s && docker rm vllm-small-%s && systemctl start %s", UNIT, number, UNIT)
+    instances.until_it_answers(8010)
+    assert instances.ask(8010, key="wrong")[0] == 401
+    run(host, images["good"])
+    assert instances.generation("small") != number
+    assert instances.ask(8010, key="wrong")[1]["error"]["code"] == "invalid_api_key"
+    key = host.file("/etc/vllm/container_key")
+    assert (key.mode, key.content_string) == (0o640, KEY), "its generation is there still"
 
 
 # --- what dies, and what comes back
@@ -470,8 +516,9 @@ def test_from_inside_there_is_nothing_to_take(instances: Instances) -> None:
         " do touch $path/probe 2>/dev/null && echo $path; done; true",
     )
     assert told.split() == ["/tmp", "/var/cache/vllm/small"]  # noqa: S108
-    readable = instances.inside("small", "cat /etc/vllm/internal_key 2>/dev/null || true")
+    readable = instances.inside("small", "cat /etc/vllm/internal_key /run/secrets/* 2>/dev/null || true")
     assert readable == ""
+    assert KEY not in instances.inside("small", "cat /run/vllm/keys/* /run/vllm/environment /proc/1/environ")
     assert KEY not in json.dumps(instances.inspected("small"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import signal
 import sys
@@ -29,12 +30,47 @@ class EngineDeadError(Exception):
     """The process that makes the tokens is gone."""
 
 
+class Asked:
+    """A request on its way through middleware, which may answer it itself."""
+
+    def __init__(self, request: Request, writer: asyncio.StreamWriter) -> None:
+        self.request, self.writer = request, writer
+        self.status = 0
+
+    async def by(self, application: Any) -> int:
+        """Have it answered. Returns the status; 0 when the connection is to be closed without an answer."""
+        path, _, query = self.request.path.partition("?")
+        headers = [(name.encode(), value.encode("latin-1")) for name, value in self.request.headers.items()]
+        await application(
+            {
+                "type": "http", "method": self.request.method, "path": path, "query_string": query.encode(), "root_path": "",
+                "headers": headers, "asked": self,
+            },
+            None, self.send,
+        )  # fmt: skip
+        return self.status
+
+    async def send(self, message: dict[str, Any]) -> None:
+        """Send what middleware answers."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.writer.write(head(self.status, {name.decode(): value.decode() for name, value in message["headers"]}))
+        else:
+            self.writer.write(message["body"])
+            await self.writer.drain()
+
+
 class Server:
     """One vLLM."""
 
     def __init__(self, served: Served) -> None:
         self.served = served
         self.key = os.environ.get("VLLM_API_KEY", "")
+        # As FastAPI has it: the one that is named last is asked first.
+        self.application: Any = self.endpoint
+        for name in served.options.get("middleware") or []:
+            module, _, attribute = name.rpartition(".")
+            self.application = getattr(importlib.import_module(module), attribute)(self.application)
         self.metrics = Metrics(served.names[0])
         self.routes = {**ROUTES, **(POOLING_ROUTES if served.pooling else GENERATING_ROUTES)}
         self.running = 0
@@ -59,13 +95,18 @@ class Server:
         with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while request := await read(reader):
                 peer = writer.get_extra_info("peername") or ("", 0)
-                status = await self.answer(request, writer)
+                status = await Asked(request, writer).by(self.application)
                 print(
                     f'INFO:     {peer[0]}:{peer[1]} - "{request.method} {request.path} HTTP/1.1" {status}', flush=True
                 )
                 if not status or request.headers.get("connection", "").lower() == "close":
                     break
         writer.close()
+
+    async def endpoint(self, scope: dict[str, Any], _receive: object, _send: object) -> None:
+        """What middleware is around, for ASGI; it answers as it always did."""
+        asked: Asked = scope["asked"]
+        asked.status = await self.answer(asked.request, asked.writer)
 
     async def answer(self, request: Request, writer: asyncio.StreamWriter) -> int:
         """Answer a request. Returns the status; 0 when the connection is to be closed without an answer."""

@@ -16,7 +16,9 @@ def make_arg_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     kinds: dict[str, Any] = json.loads(TABLE.read_text())
     for name, kind in kinds.items():
         option = f"--{name}"
-        if kind == "bool":
+        if name == "middleware":
+            parser.add_argument(option, action="append", default=[])
+        elif kind == "bool":
             parser.add_argument(option, action=argparse.BooleanOptionalAction)
         elif kind == "list":
             parser.add_argument(option, nargs="+")
