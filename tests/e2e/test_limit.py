@@ -1,14 +1,17 @@
 """Hosts that a run does not act on, and hosts that are dead: --limit names the hosts to act on, and a dead one stops nobody.
 
 A fleet of two inference hosts with the stand-in for vLLM and a gateway. One inference host is stopped before the first run; a second gateway
-is in the inventory and has never been there.
+is in the inventory and has never been there. At the end the host is back, and the internal key is changed on both while clients ask.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import json
+import socket
 import ssl
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +38,7 @@ class Small:
     variables: dict[str, Any]
     addresses: dict[str, str]
     host_variables: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gateways: list[str] = field(default_factory=lambda: [GATEWAY, ABSENT])
 
     def run(self, *arguments: str, **variables: Any) -> Done:
         """Run site.yml; what is given on top of the inventory stays in it."""
@@ -43,9 +47,9 @@ class Small:
             name: {"ansible_host": address, **self.host_variables.get(name, {})}
             for name, address in self.addresses.items()
         }
-        groups = {"gateway": [GATEWAY, ABSENT], "vllm": [WORKER, DEAD]}
+        groups = {"gateway": self.gateways, "vllm": [WORKER, DEAD]}
         inventory = {
-            "all": {"vars": self.variables, "hosts": each},
+            "all": {"vars": self.variables, "hosts": {name: each[name] for names in groups.values() for name in names}},
             **{group: {"hosts": {name: {} for name in names}} for group, names in groups.items()},
         }
         file = self.directory / "hosts.json"
@@ -87,8 +91,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
     hosts.down(FLEET)
     hosts.up(FLEET, dict.fromkeys((GATEWAY, WORKER, DEAD), "debian13"), ssh=directory / "ssh")
     made, lock = wheel.write(directory / "stand-in")
-    on(WORKER, "mkdir /srv/stand-in")
-    hosts.docker("cp", str(made), f"{WORKER}:/srv/stand-in/{made.name}")
+    for worker in (WORKER, DEAD):
+        on(worker, "mkdir /srv/stand-in")
+        hosts.docker("cp", str(made), f"{worker}:/srv/stand-in/{made.name}")
     addresses = {name: hosts.address(name) for name in (GATEWAY, WORKER, DEAD)}
     hosts.docker("stop", "--time", "0", DEAD)
     addresses[ABSENT] = str(ipaddress.ip_address(addresses[DEAD]) + 100)
@@ -180,3 +185,106 @@ def test_who_knows_already_is_not_told_again(small: Small) -> None:
     assert on(GATEWAY, "stat --format %z /etc/nginx/backends.conf") == before
     assert small.ask("GET", "/v1/models")[2] == "max-age=1000"
     assert set(leases().values()) == {""}
+
+
+# --- the internal key
+
+KEYS = ["c" * 40, "d" * 40, "e" * 40]
+FORMER_SECONDS = 12
+
+
+def taken(small: Small, host: str) -> list[bool]:
+    """Which of the keys the instance of a host takes, asked on the host itself."""
+    url = f"http://{small.addresses[host]}:8001/v1/models"
+    asked = [f'url = "{url}"\nheader = "Authorization: Bearer {key}"\nsilent\nmax-time = 5' for key in KEYS]
+    curl = "curl --output /dev/null --write-out '%{http_code}' --config -"
+    statuses = [on(host, curl, stdin=lines) for lines in asked]
+    assert set(statuses) <= {"200", "401"}, statuses
+    return [status == "200" for status in statuses]
+
+
+def main_pids(*names: str) -> list[str]:
+    """The processes of the instances, and the generations that they run."""
+    return [
+        on(name, "systemctl show --property=MainPID --value vllm@chat; cat /run/vllm/chat/generation") for name in names
+    ]
+
+
+class Clients:
+    """Clients that ask all the time, and one that takes as long as the run for the body of its request."""
+
+    def __init__(self, small: Small) -> None:
+        self.small = small
+        self.statuses: list[int] = []
+        self.over = threading.Event()
+        self.slow = b""
+        self.threads = [threading.Thread(target=self.ask) for _ in range(2)] + [threading.Thread(target=self.upload)]
+
+    def __enter__(self) -> Clients:
+        for thread in self.threads:
+            thread.start()
+        time.sleep(1)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.over.set()
+        for thread in self.threads:
+            thread.join()
+
+    def ask(self) -> None:
+        while not self.over.is_set():
+            try:
+                self.statuses.append(self.small.complete())
+            except OSError as error:
+                self.statuses.append(-(error.errno or 1))
+            time.sleep(0.05)
+
+    def upload(self) -> None:
+        """The worker of Nginx that began to read it is an old one when it is there, and shows the key that it had."""
+        body = json.dumps({"model": "tiny", "prompt": "One", "max_tokens": 1}).encode() + b" " * 999
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        address = self.small.addresses[GATEWAY]
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+        with context.wrap_socket(socket.create_connection((address, 443), timeout=30)) as connection:
+            connection.sendall(head.encode())
+            while not self.over.wait(1):
+                connection.sendall(body[:1])
+                body = body[1:]
+            connection.sendall(body)
+            self.slow = connection.recv(12)
+
+
+def test_a_former_key_is_taken_until_every_gateway_has_the_new_one(small: Small) -> None:
+    """A gateway that cannot be reached may show it still. The host that was dead is back, and learns the new one alone."""
+    hosts.docker("start", DEAD)
+    small.addresses[DEAD] = hosts.address(DEAD)
+    small.host_variables = {}
+    client = {"name": "a", "key": KEY, "requests_per_minute": 6000, "concurrent_requests": 8}
+    before = main_pids(WORKER)
+    done = small.run(vllm_internal_key=KEYS[1], vllm_former_key_seconds=FORMER_SECONDS, gateway_clients=[client])
+    assert done.status == 4, done.output
+    assert f"{ABSENT} may still show the former internal key" in told(done)
+    assert f"So both are taken by {WORKER}, until a run reaches every gateway" in told(done)
+    assert (taken(small, WORKER), taken(small, DEAD)) == ([True, True, False], [False, True, False])
+    assert main_pids(WORKER) == before, "no restart"
+    assert small.complete() == 200
+
+
+def test_changing_the_internal_key_loses_no_request(small: Small) -> None:
+    """Nothing is restarted; afterwards the former keys, also the one of the run before, are refused."""
+    small.gateways = [GATEWAY]
+    before = main_pids(WORKER, DEAD)
+    with Clients(small) as clients:
+        done = small.run(vllm_internal_key=KEYS[2])
+        assert done.status == 0, done.output
+        assert taken(small, DEAD) == [False, True, True]
+    assert set(clients.statuses) == {200}, clients.statuses
+    assert len(clients.statuses) > 50
+    assert clients.slow == b"HTTP/1.1 200"
+    end = time.monotonic() + FORMER_SECONDS
+    while [taken(small, host) for host in (WORKER, DEAD)] != [[False, False, True]] * 2:
+        assert time.monotonic() < end, "a former key is taken still"
+        time.sleep(1)
+    assert main_pids(WORKER, DEAD) == before
+    assert small.complete() == 200
