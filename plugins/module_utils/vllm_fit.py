@@ -144,6 +144,7 @@ def judge(
             for image in dict.fromkeys(instance["container"]["image"] for instance in contained)
             if image not in findings["images"]
         ],
+        "missing_files": missing_files(findings, wanted),
         "pending": [entry["name"] for entry in differing if not entry["held"]],
         "obsolete": [entry["name"] for entry in strangers if not entry["held"]],
         # what is held may have another port or name than the inventory says
@@ -175,7 +176,7 @@ def look_problems(
         found += engine_problems(findings["engine"], with_gpus=any(instance["gpus"] for instance in contained))
     found += published_problems(wanted, findings["published"])
     found += missing_models(wanted, models) if required and not check_mode else []
-    found += missing_adapters(wanted, models) if required else []
+    found += named_problems(findings["named"], wanted, settings, required, host=not (check_mode and bare))
     if settings["device"] == "cpu":
         found += memory_problems(wanted, settings["memory_bytes"], weights)
     else:
@@ -205,21 +206,46 @@ def missing_models(wanted: Sequence[Mapping[str, Any]], models: Mapping[str, Any
         model = PurePosixPath(instance["config"]["model"])
         if not models[instance["name"]]["present"]:
             found.append(
-                f"vllm_instances ({instance['name']}): the model {model.name!r} is not in {model.parent} (no {model}/config.json); "
+                f"vllm_instances ({instance['name']}): the model {model.name!r} is not in {model.parent} (no {model}/config.json, nor params.json); "
                 "name it in model_store_models and run the role model_store first"
             )
     return found
 
 
-def missing_adapters(wanted: Sequence[Mapping[str, Any]], models: Mapping[str, Any]) -> list[str]:
-    """LoRA adapters that are not where they are looked for."""
-    return [
-        f"vllm_instances ({instance['name']}): the adapter {entry['name']!r} is not there (no {entry['path']}/adapter_config.json); "
-        "name it in model_store_models and run the role model_store first"
-        for instance in wanted
-        for entry in instance["config"].get("lora-modules", [])
-        if entry["path"] not in models[instance["name"]]["adapters"]
+def missing_files(findings: Mapping[str, Any], wanted: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Files of the inventory that a run has to bring: whoever is held needs no others than it has."""
+    held = {entry["name"] for entry in findings["instances"] if entry["held"]}
+    paths = [
+        file["path"] for instance in wanted if instance["name"] not in held for file in instance.get("files") or []
     ]
+    return [path for path in dict.fromkeys(paths) if path not in findings["files"]]
+
+
+def named_problems(
+    named: Mapping[str, Any], wanted: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], store: bool, host: bool
+) -> list[str]:
+    """What options name and is not there, or cannot be read: in the model store when `store`, elsewhere on the host when `host`."""
+    models_path = str(settings.get("models_path") or "").rstrip("/") + "/"
+    found = []
+    for instance in wanted:
+        for entry in named[instance["name"]]:
+            in_store = entry["path"].startswith(models_path)
+            # a model that is missing is told by missing_models()
+            if not (store if in_store else host) or (entry["label"] == "the model" and entry["what"] == "missing"):
+                continue
+            if entry["what"] == "missing":
+                said = f"there is no {entry['path']}; " + (
+                    "name it in model_store_models and run the role model_store first"
+                    if in_store
+                    else "put it there, or let vllm_files ship it"
+                )
+            else:
+                said = (
+                    f"vLLM's user cannot read {entry['path']}; `namei -l {entry['path']}` shows what shuts it out"
+                    + ("" if in_store else ", and vllm_files can ship a small file")
+                )
+            found.append(f"vllm_instances ({instance['name']}): {entry['label']}: {said}")
+    return found
 
 
 def installed_option_problems(served: Sequence[Mapping[str, Any]], table: Mapping[str, Any]) -> list[str]:

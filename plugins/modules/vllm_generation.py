@@ -75,6 +75,9 @@ options:
   releases_path:
     description: For V(confirmed). Directory of the releases; those that no generation needs are removed, and such images, too. Without it both stay.
     type: path
+  files_path:
+    description: For V(confirmed). Directory of the files of the inventory; those that no generation names are removed. Without it they stay.
+    type: path
   keep:
     description: For V(confirmed). How many generations of an instance are kept.
     type: int
@@ -117,7 +120,8 @@ outcomes:
   returned: when state is reverted
   type: dict
 exports:
-  description: For each instance C(name), C(user), C(cache), C(models), C(compose) (the compose file), C(config) and C(environment) (files beside it).
+  description: For each instance C(name), C(user), C(cache), C(models) (paths that the container sees), C(compose) (the compose file), C(config) and
+    C(environment) (files beside it), and C(files), those of the inventory, each with its C(path) on the host and its place C(beside) the compose file.
   returned: when state is exported
   type: list
   elements: dict
@@ -185,13 +189,20 @@ def exported(instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
         container, config = wanted["container"], wanted["config"]
         user = generations_host.owner_of(container["user"])
         file = vllm_container.compose(wanted, config, user, "./internal_key", "./serve")
+        files = [entry["path"] for entry in wanted.get("files") or []]
+        shipped = {*files, *(str(Path(path).parent) for path in files)}
         found.append(
             {
                 "name": wanted["name"],
                 "user": user,
                 "cache": container["cache"],
-                "models": vllm_container.weights(config, container["models_path"]),
-                "compose": vllm_container.exported(file, f"vllm-{wanted['name']}"),
+                "models": [
+                    path
+                    for path in vllm_container.seen(wanted, config, container["models_path"])
+                    if path not in shipped
+                ],
+                "files": [{"path": path, "beside": vllm_container.beside(path)} for path in files],
+                "compose": vllm_container.exported(file, f"vllm-{wanted['name']}", files),
                 "config": generations_host.render_config(config),
                 "environment": render_environment(wanted["environment"]),
             }
@@ -254,6 +265,18 @@ def unneeded_images(module: AnsibleModule) -> list[str]:
     return gone
 
 
+def unneeded_files(module: AnsibleModule) -> list[str]:
+    """Remove files of the inventory that no generation names. Returns the directories that are gone."""
+    directory = Path(module.params["files_path"] or "/nonexistent")
+    root = Path(module.params["config_path"])
+    texts = [read(root / name) for pattern in ("config.yaml", "environment") for name in root.glob(f"*/*/{pattern}")]
+    entries = list(directory.iterdir()) if directory.is_dir() else []
+    gone = [str(entry) for entry in entries if not any(str(entry) in text for text in texts)]
+    for path in gone:
+        shutil.rmtree(path)
+    return gone
+
+
 def confirmed(module: AnsibleModule, instances: list[Deployed]) -> bool:
     """Mark what runs as good and remove what nothing needs."""
     changed = False
@@ -263,6 +286,7 @@ def confirmed(module: AnsibleModule, instances: list[Deployed]) -> bool:
             mark.touch(mode=0o644)
             changed = True
         instance.prune(module.params["keep"])
+    changed |= bool(unneeded_files(module))
     if module.params["releases_path"]:
         changed |= bool(unneeded_images(module))
         root = Path(module.params["config_path"])
@@ -386,6 +410,7 @@ ARGUMENTS: dict[str, Any] = {
     "holder": {"type": "str", "default": "somebody"},
     "reason": {"type": "str", "default": ""},
     "releases_path": {"type": "path"},
+    "files_path": {"type": "path"},
     "keep": {"type": "int", "default": 3},
 }
 RULES: dict[str, Any] = {"required_if": [("state", "prepared", ["release"])]}

@@ -12,7 +12,8 @@ author: The vLLM Fleet authors (@gpufleet)
 short_description: Looks at the vLLM instances of a host and at what they need
 description:
   - Says in one call what the facts of the host do not say, and changes nothing. The instances that are there with their generations and units, and for
-    those that are wanted their models and adapters, the release and its options, disk space, and for containers the engine and its images.
+    those that are wanted their models and whatever else their options name, the release and its options, disk space, and for containers the engine and
+    its images.
   - With O(settings) it also says, on the controller, what stands in the way of the wanted instances and what has to change. It does not fail by itself.
 options:
   config_path:
@@ -35,10 +36,14 @@ options:
   container_unit:
     description: The unit of instances in containers, as M(gpufleet.llm.vllm_generation) takes it.
     type: path
+  user:
+    description: Name of the user that runs vLLM, who has to be able to read what is named.
+    type: str
+    default: vllm
   settings:
     description:
       - What to judge by. C(device), where the instances compute, V(cuda) or V(cpu); C(gpus) and C(memory_bytes) of the host, as
-        M(gpufleet.llm.host_facts) gives them; C(release_gb), disk space in GB that a release takes while it is built.
+        M(gpufleet.llm.host_facts) gives them; C(release_gb), disk space in GB that a release takes while it is built; C(models_path), the model store.
       - C(require_models) says whether a model or an engine that is not there is a problem. In check mode a model never is, because the run would bring
         it, and an engine is not before the first instance runs.
       - Without it nothing is judged.
@@ -71,6 +76,11 @@ release_complete:
   type: bool
 missing_images:
   description: Images that are not there.
+  returned: when O(settings) is given
+  type: list
+  elements: str
+missing_files:
+  description: Paths of files of the inventory that instances name, that are not there as they are wanted, and that a run may bring.
   returned: when O(settings) is given
   type: list
   elements: str
@@ -163,8 +173,16 @@ findings:
           description: Whether its unit starts at boot.
           type: bool
     models:
-      description: For each wanted instance whether its model is there (C(present)), C(weights_bytes), and the paths of C(adapters) that are there.
+      description: For each wanted instance whether its model is there (C(present)), and C(weights_bytes).
       type: dict
+    named:
+      description: For each wanted instance what is wrong with what its options and environment name, each with C(label), where it is named, C(path), and
+        C(what), V(missing) or V(unreadable).
+      type: dict
+    files:
+      description: Paths of the wanted files of the inventory that are there as they are wanted.
+      type: list
+      elements: str
     release:
       description: Whether it is C(complete). If so C(options), what its C(vllm serve) says of the options that are wanted, of all when it does not know one;
         else C(parent), where it would be built, and C(free_bytes) there.
@@ -190,7 +208,12 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_container
+from ansible_collections.gpufleet.llm.plugins.module_utils import (
+    generations_host,
+    vllm_container,
+    vllm_named_files_host,
+)
+from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import MODEL_CONFIGS
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import checked_options
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container_host import Engine
@@ -205,13 +228,11 @@ def weights_bytes(model: Path) -> int:
 
 
 def model_findings(wanted: dict[str, Any]) -> dict[str, Any]:
-    """The model and the adapters of a wanted instance."""
+    """The model of a wanted instance."""
     model = Path(wanted["config"]["model"])
-    adapters = [entry["path"] for entry in wanted["config"].get("lora-modules", [])]
     return {
-        "present": (model / "config.json").is_file(),
+        "present": any((model / name).is_file() for name in MODEL_CONFIGS),
         "weights_bytes": weights_bytes(model.resolve()),
-        "adapters": [path for path in adapters if (Path(path) / "adapter_config.json").is_file()],
     }
 
 
@@ -317,6 +338,10 @@ def look(module: AnsibleModule) -> dict[str, Any]:
         "container_files": Path(module.params["container_unit"] or "/nonexistent").exists(),
         "instances": instance_findings(module),
         "models": {instance["name"]: model_findings(instance) for instance in wanted},
+        "named": {
+            instance["name"]: vllm_named_files_host.findings(instance, module.params["user"]) for instance in wanted
+        },
+        "files": vllm_named_files_host.arrived(file for instance in wanted for file in instance.get("files") or []),
         "release": release_findings(Path(module.params["release"]), served),
         "engine": engine.findings() if contained else {},
         "published": [{"port": port, "container": name} for port, name in published.items() if port in ports],
@@ -330,6 +355,7 @@ ARGUMENTS: dict[str, Any] = {
     "release": {"type": "path", "default": "/nonexistent"},
     "inputs": {"type": "dict", "default": {}},
     "container_unit": {"type": "path"},
+    "user": {"type": "str", "default": "vllm"},
     "settings": {"type": "dict"},  # the action keeps it
 }
 

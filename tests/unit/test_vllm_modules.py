@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_fit
+from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_fit, vllm_named_files_host
 from ansible_collections.gpufleet.llm.plugins.modules import (
     completion_gate,
     vllm_generation,
@@ -258,6 +258,8 @@ class FakeModule:
             "release": "/opt/r1",
             "keep": 2,
             "releases_path": None,
+            "files_path": None,
+            "user": "root",
             "generation": None,
             **parameters,
         }
@@ -366,10 +368,11 @@ def test_an_adapter_that_is_not_there_is_told(tmp_path: Path) -> None:
     adapted["config"]["lora-modules"] = [{"name": "poet", "path": str(tmp_path)}]
 
     def missing(instance: dict[str, Any]) -> list[str]:
-        return vllm_fit.missing_adapters([instance], {"chat": vllm_look.model_findings(instance)})
+        named = {"chat": vllm_named_files_host.findings(instance, "root")}
+        return vllm_fit.named_problems(named, [instance], {"models_path": str(tmp_path)}, store=True, host=True)
 
     assert missing(wanted(1)) == []
-    assert "the adapter 'poet' is not there" in missing(adapted)[0]
+    assert f"option 'lora-modules'[0].path: there is no {tmp_path}/adapter_config.json" in missing(adapted)[0]
     (tmp_path / "adapter_config.json").write_text("{}")
     assert missing(adapted) == []
 
@@ -481,6 +484,21 @@ def test_old_generations_go_but_never_the_last_good_ones(tmp_path: Path, runtime
     assert {4, 5} <= set(chat.numbers())
 
 
+def test_files_that_no_generation_names_are_removed(tmp_path: Path, runtime: Path) -> None:
+    """Those of a generation that one may go back to stay."""
+    files = tmp_path / "files"
+    for number in (1, 2, 3):
+        (files / f"h{number}").mkdir(parents=True)
+        (files / f"h{number}/t.jinja").touch()
+    for number in (1, 2):
+        named = wanted()
+        named["config"]["chat-template"] = str(files / f"h{number}/t.jinja")
+        vllm_generation.prepared(FakeModule(tmp_path / "etc", wanted=[named]))
+        chat = switch(tmp_path, runtime)
+    assert vllm_generation.confirmed(FakeModule(tmp_path / "etc", files_path=str(files)), [chat])
+    assert sorted(path.name for path in files.iterdir()) == ["h1", "h2"]
+
+
 def test_releases_that_no_generation_needs_are_removed(tmp_path: Path, runtime: Path) -> None:
     for name in ("r1", "r2"):
         (tmp_path / "releases" / name).mkdir(parents=True)
@@ -577,7 +595,7 @@ def test_the_look_at_a_bare_host_finds_nothing_and_what_is_wanted(tmp_path: Path
     said = judge(found, chat, require_models=True, release_gb=10**9)
     assert (said["pending"], said["obsolete"], said["release_complete"]) == (["chat"], [], False)
     assert [problem.split(";")[0].split(" has ")[0] for problem in said["problems"]] == [
-        "vllm_instances (chat): the model 'qwen' is not in /nowhere (no /nowhere/qwen/config.json)",
+        "vllm_instances (chat): the model 'qwen' is not in /nowhere (no /nowhere/qwen/config.json, nor params.json)",
         str(tmp_path),
     ]
     assert judge(found, chat, require_models=True, check_mode=True)["problems"] == [], "the run would bring the model"

@@ -24,6 +24,7 @@ from tests.served import KEY, MODEL
 
 SMALL: dict[str, Any] = {"name": "small", "model": MODEL, "port": 8010, "environment": {"VLLM_CPU_KVCACHE_SPACE": 1}}
 UNIT = "vllm@small"
+FILES = [{"name": "tools.jinja", "content": "tools"}]
 # For the runtime without containers; molecule/shared/prepare_stand_in.yml brings its wheel to the host.
 LOCK = str(ROOT / ".cache/stand-in/vllm.txt")
 VARIABLES = yaml.safe_load((ROOT / f"molecule/shared/inventory/group_vars/{ROLE}.yml").read_text())
@@ -241,6 +242,25 @@ def test_images_that_no_generation_needs_are_gone_and_the_one_before_is_there(
 # --- one instance, and how it is run
 
 
+def test_files_that_options_name_are_seen_inside(host: Host, images: dict[str, str], instances: Instances) -> None:
+    """The stand-in does not start without its template."""
+    host.check_output("printf '{}' >/opt/log.json && chmod 0644 /opt/log.json")
+    named = {"options": {"chat-template": "tools.jinja", "log-config-file": "/opt/log.json"}}
+    run(host, images["good"], instance=named, vllm_files=FILES)
+    assert (
+        instances.inside("small", "cat $(sed -n 's/^chat-template: //p' /run/vllm/config.yaml | tr -d '\"')") == "tools"
+    )
+    assert instances.inside("small", "cat /opt/log.json") == "{}"
+    assert not changed(run(host, images["good"], instance=named, vllm_files=FILES))
+    host.check_output("chmod 0600 /opt/log.json")
+    before = instances.pid("small")
+    told = fails(host, images["good"], instance=named, vllm_files=FILES)
+    assert "option 'log-config-file': vLLM's user cannot read /opt/log.json" in told
+    assert instances.pid("small") == before
+    host.check_output("rm /opt/log.json")
+    run(host, images["good"])
+
+
 def test_an_instance_changes_its_runtime_under_requests_and_back(
     host: Host, instances: Instances, images: dict[str, str]
 ) -> None:
@@ -291,7 +311,8 @@ def test_what_is_exported_runs_by_compose_alone(
         "vllm_group": ROLE,
         "compose_path": str(tmp_path),
         "vllm_image": images["good"],
-        "vllm_instances": [SMALL],
+        "vllm_instances": [{**SMALL, "options": {"chat-template": "tools.jinja"}}],
+        "vllm_files": FILES,
     }
     done = playbook(
         "playbooks/compose.yml", f"--inventory={ROOT}/molecule/shared/inventory/", f"--limit={host_name(host)}",
@@ -299,10 +320,16 @@ def test_what_is_exported_runs_by_compose_alone(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     made = tmp_path / host_name(host) / "small"
-    assert sorted(file.name for file in made.iterdir()) == ["compose.yaml", "config.yaml", "environment", "serve"]
+    assert sorted(file.name for file in made.iterdir()) == [
+        "compose.yaml",
+        "config.yaml",
+        "environment",
+        "files",
+        "serve",
+    ]
     assert (made / "environment").stat().st_mode & 0o777 == 0o600
     text = (made / "compose.yaml").read_text()
-    assert KEY not in "".join(file.read_text() for file in made.iterdir())
+    assert KEY not in "".join(file.read_text() for file in made.rglob("*") if file.is_file())
     # by the words at the beginning of the file
     user = instances.sh("echo $(id -u vllm):$(id -g vllm)")
     assert f"chown {user} internal_key environment" in text
