@@ -56,10 +56,14 @@ def vllm_named_problems(
 
 
 def vllm_host_problems(
-    generations: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], device: str, driver_due: bool = False
+    generations: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+    device: str,
+    driver_due: bool = False,
+    fit: str = "refuse",
 ) -> list[str]:
     """Everything on the host that stands in the way of its instances, as far as its facts tell."""
-    return vllm_fit.problems(generations, facts, device, driver_due)
+    return vllm_fit.problems(generations, facts, device, driver_due, fit)
 
 
 def vllm_container_problems(generations: Sequence[Mapping[str, Any]], allow_tags: bool) -> list[str]:

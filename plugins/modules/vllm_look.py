@@ -44,6 +44,8 @@ options:
     description:
       - What to judge by. C(device), where the instances compute, V(cuda) or V(cpu); C(gpus) and C(memory_bytes) of the host, as
         M(gpufleet.llm.host_facts) gives them; C(release_gb), disk space in GB that a release takes while it is built; C(models_path), the model store.
+      - C(fit) says what an estimate does by which an instance does not fit its host, V(refuse), V(warn) or V(off). C(driver_due) says that the driver is
+        about to change.
       - C(require_models) says whether a model or an engine that is not there is a problem. In check mode a model never is, because the run would bring
         it, and an engine is not before the first instance runs.
       - Without it nothing is judged.
@@ -173,7 +175,8 @@ findings:
           description: Whether its unit starts at boot.
           type: bool
     models:
-      description: For each wanted instance whether its model is there (C(present)), and C(weights_bytes).
+      description: For each wanted instance whether its model is there (C(present)), and C(weights) of it and of its draft model, each with C(bytes) of
+        the files that vLLM loads, how most numbers are C(stored), and whether they are C(quantized) already.
       type: dict
     named:
       description: For each wanted instance what is wrong with what its options and environment name, each with C(label), where it is named, C(path), and
@@ -212,6 +215,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils import (
     generations_host,
     vllm_container,
     vllm_named_files_host,
+    vllm_weights_host,
 )
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import MODEL_CONFIGS
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
@@ -219,20 +223,12 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import checked_o
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container_host import Engine
 
 
-def weights_bytes(model: Path) -> int:
-    """Size of the weights of a model directory."""
-    for pattern in ("*.safetensors", "*.bin", "*.gguf"):
-        if size := sum(file.stat().st_size for file in model.glob(pattern)):
-            return size
-    return 0
-
-
 def model_findings(wanted: dict[str, Any]) -> dict[str, Any]:
     """The model of a wanted instance."""
     model = Path(wanted["config"]["model"])
     return {
         "present": any((model / name).is_file() for name in MODEL_CONFIGS),
-        "weights_bytes": weights_bytes(model.resolve()),
+        "weights": vllm_weights_host.of_instance(wanted["config"]),
     }
 
 

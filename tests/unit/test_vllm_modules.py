@@ -538,7 +538,8 @@ def test_what_the_facts_of_a_host_say_against_its_instances() -> None:
     facts = {"ports": ports, "gpus": [gpu], "gpu_error": "", "memory_bytes": 8 * vllm_fit.GB}
     assert vllm_fit.problems([instance("a"), instance("b", config={"port": 8001})], facts, "cpu") == [
         "vllm_instances (a): port 8000 is taken by python3; choose another or stop it",
-        "vllm_instances need about 12.6 GB of memory, but the host has 8.0 GB; run fewer instances or lower VLLM_CPU_KVCACHE_SPACE",
+        "vllm_instances need about 12.6 GB of memory, but the host has 8.0 GB; run fewer instances or lower VLLM_CPU_KVCACHE_SPACE"
+        " (an estimate: `vllm_fit: warn` goes on nevertheless)",
     ]
     told = " ".join(vllm_fit.problems([instance("b", config={"port": 8001}, gpus=[0, 7])], facts, "cuda"))
     for problem in (
@@ -551,8 +552,14 @@ def test_what_the_facts_of_a_host_say_against_its_instances() -> None:
     assert vllm_fit.problems([instance("b", gpus=[7])], {**facts, "ports": []}, "cuda", driver_due=True) == []
     assert "nvidia-smi is not there" in vllm_fit.problems([], {**facts, "gpus": []}, "cuda")[0]
     assert "nvidia-smi fails: no" in vllm_fit.problems([], {**facts, "gpus": [], "gpu_error": "no"}, "cuda")[0]
-    assert vllm_fit.weights_problems([instance("c", gpus=[0])], [gpu], {"c": 15.0}) == []
-    assert "the weights take 17.0 GB" in vllm_fit.weights_problems([instance("c", gpus=[0])], [gpu], {"c": 17.0})[0]
+    old = [instance("c", gpus=[0])]
+    assert len(vllm_fit.problems(old, {**facts, "ports": []}, "cuda")) == 3
+    for fit in ("warn", "off"):
+        told = " ".join(vllm_fit.problems(old, {**facts, "ports": []}, "cuda", fit=fit))
+        assert "MIG" in told and "driver" not in told, "what is known is refused, what is estimated is not"
+    other = {**gpu, "index": 3, "driver": "580.1", "compute_capability": 9.0, "mig": False}
+    facts = {**facts, "ports": [], "gpus": [gpu, other]}
+    assert vllm_fit.problems([instance("d", gpus=[3])], facts, "cuda") == [], "a GPU that nobody uses may be old"
 
 
 class Systemd(FakeModule):
