@@ -18,9 +18,11 @@ description:
 options:
   state:
     description:
-      - V(prepared) writes the wanted generation of each instance where it differs from the current one, and restarts nothing.
+      - V(prepared) writes the wanted generation of each instance where it differs from the current one, has systemd read its units again, and restarts
+        nothing.
       - V(activated) moves the link to the newest generation, or to O(generation), and restarts the instance. The container of one that runs in a
-        container is made before anything stops; one that changes its runtime is stopped by the unit that started it.
+        container is made before anything stops; one that changes its runtime is stopped by the unit that started it. Of several that share a GPU all
+        have stopped before the first one starts.
       - V(dropped) removes generations that were written and are not to be activated.
       - V(stopped) stops the instances, after their running requests have ended; nothing else of them changes.
       - V(confirmed) marks the current generation as good and removes old generations, with their containers, and releases and images that no
@@ -140,7 +142,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_container
+from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_container, vllm_shared_gpus
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read, write
 from ansible_collections.gpufleet.llm.plugins.module_utils.generations_host import CONFIRMED, HELD, Deployed
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
@@ -177,6 +179,9 @@ def prepared(module: AnsibleModule) -> dict[str, Any]:
         # A run that died after writing left the very generation that is wanted.
         if not module.check_mode and instance.content(max(instance.numbers(), default=None)) != content:
             instance.write(content)
+    if not module.check_mode:
+        # what stands beside the units of instances changes without a restart of any
+        module.run_command(["systemctl", "daemon-reload"], check_rc=True)
     names = {wanted["name"] for wanted in module.params["wanted"]}
     gone = generations_host.obsolete(module.params["config_path"], names)
     return {"changed": changed, "pending": pending, "obsolete": gone, "diff": diffs}
@@ -225,6 +230,27 @@ def activated(instance: Deployed, number: int | None = None) -> None:
     """Switch an instance to a generation, the newest unless another one is meant."""
     instance.switch(number or instance.numbers()[-1], container_unit(instance.module))
     instance.restart()
+
+
+def make_room(module: AnsibleModule, instances: list[Deployed]) -> None:
+    """Stop those that share a GPU and are about to be restarted: none of them starts while another one gives memory back."""
+    gpus = {
+        instance.name: [
+            gpu
+            for number in {instance.current(), *instance.confirmed()[-1:], *instance.numbers()[-1:]}
+            for gpu in vllm_shared_gpus.gpus_of(instance.content(number))
+        ]
+        for instance in instances
+    }
+    names = vllm_shared_gpus.sharing(gpus)
+    together = [instance for instance in instances if instance.name in names]
+    for instance in together:
+        if instance.in_container(newest := instance.numbers()[-1]):
+            instance.containers.create(newest)  # what fails has to fail before anything stops
+    if together:
+        module.run_command(["systemctl", "stop", *(instance.unit for instance in together)])
+    for instance in together:
+        instance.stop()
 
 
 def gates(instances: list[Deployed]) -> list[dict[str, Any]]:
@@ -311,13 +337,15 @@ def activate(module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]
     """Switch instances to their newest generations, or to the one that is meant."""
     # the unit may be new, in this run or in one that died
     module.run_command(["systemctl", "daemon-reload"], check_rc=True)
+    make_room(module, instances)
     for instance in instances:
         activated(instance, module.params["generation"])
     return {"gates": gates(instances)}
 
 
-def revert(_module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
+def revert(module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
     """Go back with instances, and say how to ask those that did."""
+    make_room(module, [instance for instance in instances if instance.current() not in instance.confirmed()])
     outcomes = {instance.name: reverted(instance) for instance in instances}
     back = [instance for instance in instances if outcomes[instance.name] in ("reverted", "restarted")]
     changed = any(outcome != "kept" for outcome in outcomes.values())

@@ -215,6 +215,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils import (
     generations_host,
     vllm_container,
     vllm_named_files_host,
+    vllm_shared_gpus,
     vllm_weights_host,
 )
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import MODEL_CONFIGS
@@ -264,20 +265,11 @@ def generation_findings(content: dict[str, str]) -> dict[str, Any]:
         return {"runtime": "", "runs": "", "port": None, "gpus": [], "gate": {}}
     options = dict(line.split(": ", 1) for line in content["config.yaml"].splitlines())
     compose = content.get(vllm_container.COMPOSE)
-    if compose:
-        gpus = vllm_container.gpus_of(compose)
-    else:
-        named = [
-            line.partition("=")[2]
-            for line in content["environment"].splitlines()
-            if line.startswith("CUDA_VISIBLE_DEVICES=")
-        ]
-        gpus = [int(gpu) for gpu in "".join(named).strip('"').split(",") if gpu.isdigit()]
     return {
         "runtime": "docker" if compose else "systemd",
         "runs": vllm_container.image_of(compose) if compose else content["release"],
         "port": json.loads(options["port"]) if "port" in options else None,
-        "gpus": gpus,
+        "gpus": vllm_shared_gpus.gpus_of(content),
         "gate": json.loads(content["gate.json"]),
     }
 

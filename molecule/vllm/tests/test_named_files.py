@@ -56,7 +56,10 @@ def test_a_template_is_shipped_and_an_earlier_generation_keeps_its_own(host: Hos
 @pytest.mark.parametrize(
     ("made", "expected"),
     [
-        ("rm -f /opt/tools.jinja", "option 'chat-template': there is no /opt/tools.jinja; put it there, or let vllm_files ship it"),
+        (
+            "rm -f /opt/tools.jinja",
+            "option 'chat-template': there is no /opt/tools.jinja; put it there, or let vllm_files ship it",
+        ),
         (
             "install -m 0600 /dev/null /opt/tools.jinja",
             "option 'chat-template': vLLM's user cannot read /opt/tools.jinja",
