@@ -25,7 +25,7 @@ def source(entry: Mapping[str, Any], base: str) -> Path:
 
 def text_of(entry: Mapping[str, Any], base: str) -> tuple[str, str]:
     """The text of an entry, and what is wrong with it."""
-    if "src" not in entry:
+    if entry.get("src") is None:
         return str(entry.get("content")), ""
     file = source(entry, base)
     try:
@@ -45,7 +45,7 @@ def entry_problem(entry: Mapping[str, Any], base: str) -> str:
         return f"name is {name!r}; it must be the name of a file, of letters, digits, dot, dash and underscore"
     if name.endswith(".py") and not name.removesuffix(".py").isidentifier():
         return f"name is {name!r}; Python imports it by its name, which must have no dash and no further dot"
-    if ("src" in entry) == ("content" in entry):
+    if (entry.get("src") is None) == (entry.get("content") is None):
         return "it must have one of src, a file on the controller, and content"
     return text_of(entry, base)[1]
 

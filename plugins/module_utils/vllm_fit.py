@@ -260,7 +260,9 @@ def named_problems(
             # a model that is missing is told by missing_models()
             if not (store if in_store else host) or (entry["label"] == "the model" and entry["what"] == "missing"):
                 continue
-            if entry["what"] == "missing":
+            if entry["what"] == "no module":
+                said = f"the release has no module {entry['path']}; ship it with vllm_files as {entry['path']}.py"
+            elif entry["what"] == "missing":
                 said = f"there is no {entry['path']}; " + (
                     "name it in model_store_models and run the role model_store first"
                     if in_store

@@ -23,10 +23,12 @@ OWN_TEMPLATE = re.compile(r"template_[a-z0-9_]+\.jinja")
 TEMPLATE_CHARACTERS = re.compile(r"[{}\n]")
 
 # Kinds: a directory with a config.json or params.json; one with an adapter_config.json; one with a tokenizer; any directory; one that clients name
-# files of; a file; a Python file, or the name of a module; a module and an object of it.
-MODEL, ADAPTER, TOKENIZER, DIRECTORY, MEDIA, FILE, PYTHON, MODULE = (
-    "model", "adapter", "tokenizer", "directory", "media", "file", "python", "module",
+# files of; a file; a Python file, or the name of a module; a module and an object of it; what vLLM writes.
+MODEL, ADAPTER, TOKENIZER, DIRECTORY, MEDIA, FILE, PYTHON, MODULE, WRITTEN = (
+    "model", "adapter", "tokenizer", "directory", "media", "file", "python", "module", "written",
 )  # fmt: skip
+# Where the unit and the container let vLLM write; a relative path begins at its cache.
+WRITABLE_PATHS = ("/var/cache/vllm/", "/tmp/")  # noqa: S108
 OF_THE_STORE = (MODEL, ADAPTER, TOKENIZER, DIRECTORY)
 
 # Where in the options, `*` for each entry of a list or mapping -> kind. Read from the sources of vLLM 0.32 and 0.33.
@@ -53,6 +55,11 @@ OPTIONS: dict[tuple[str, ...], str] = {
     ("scheduler-cls",): MODULE,
     ("kv-transfer-config", "kv_connector_module_path"): MODULE,
     ("ec-transfer-config", "ec_connector_module_path"): MODULE,
+    ("profiler-config", "torch_profiler_dir"): WRITTEN,
+    ("profiler-config", "proton_profiler_dir"): WRITTEN,
+    ("compilation-config", "cache_dir"): WRITTEN,
+    ("compilation-config", "debug_dump_path"): WRITTEN,
+    ("mm-encoder-fp8-scale-save-path",): WRITTEN,
 }
 ENVIRONMENT = {
     "VLLM_LOGGING_CONFIG_PATH": FILE,
@@ -181,7 +188,7 @@ def module_file(value: str) -> str:
 def place(entry: Named, shipped: Mapping[str, Any]) -> Place:
     """Where a value leads; `shipped` has the names of `vllm_files`."""
     value, kind = entry.value, entry.kind
-    if entry.literal:
+    if entry.literal or kind == WRITTEN:
         return Place("itself")
     if kind == MODULE:
         file = module_file(value)
@@ -218,6 +225,10 @@ def problems(options: Mapping[str, Any], environment: Mapping[str, Any], shipped
         there = place(entry, shipped)
         if there.what == "nowhere":
             found.append(f"{entry.label} is {entry.value!r}; it must be {right(entry.kind, shipped)}")
+        elif entry.kind == WRITTEN and entry.value.startswith("/") and not entry.value.startswith(WRITABLE_PATHS):
+            found.append(
+                f"{entry.label} is {entry.value!r}, where vLLM may not write; it must be below {WRITABLE_PATHS[0]}NAME"
+            )
         elif there.what == "absolute" and f"{entry.value}/".startswith(UNSEEN_PATHS):
             found.append(
                 f"{entry.label} is {entry.value!r}, which the unit of vLLM does not see; "
@@ -275,13 +286,14 @@ def paths(config: Mapping[str, Any], environment: Mapping[str, Any]) -> list[Nam
         Named(f"environment variable {MODULES_PATH}", DIRECTORY, directory)
         for directory in str(environment.get(MODULES_PATH) or "").split(":")
     ]
-    return [entry for entry in found if entry.value.startswith("/") and entry.kind != MODULE and not entry.literal]
+    return [entry for entry in found if entry.value.startswith("/") and entry.kind not in (MODULE, WRITTEN)]
 
 
 def with_revisions(config: Mapping[str, Any], real: Callable[[str], str]) -> dict[str, Any]:
     """A rendered configuration in which links are followed: going back goes back to those revisions. What clients name files of stays as it is."""
 
     def follow(entry: Named) -> str:
-        return real(entry.value) if entry.value.startswith("/") and entry.kind not in (MEDIA, MODULE) else entry.value
+        as_it_is = entry.kind in (MEDIA, MODULE, WRITTEN) or not entry.value.startswith("/")
+        return entry.value if as_it_is else real(entry.value)
 
     return {**changed(config, follow), "model": real(str(config["model"]))}

@@ -8,16 +8,20 @@ import hashlib
 import json
 import os
 import pwd
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ansible_collections.gpufleet.llm.plugins.module_utils import vllm_named_files
+from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import MODEL_CONFIGS, TOKENIZER_FILES
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_named_files import (
     ADAPTER,
     FILE,
     MODEL,
+    MODULE,
+    MODULES_PATH,
     PYTHON,
     TOKENIZER,
     Named,
@@ -92,11 +96,30 @@ def unreadable(paths: Sequence[str], user: str, container: bool) -> list[str]:
     return found
 
 
-def findings(wanted: Mapping[str, Any], user: str) -> list[dict[str, str]]:
-    """What is wrong with what an instance names: C(label), C(path), and C(what), V(missing) or V(unreadable). Shipped files are looked at by themselves."""
+def unknown_modules(wanted: Mapping[str, Any], release: Path) -> list[dict[str, str]]:
+    """Modules that are neither shipped nor in a release that is there. What an image has, only the image knows."""
+    site = next(release.glob("lib/python3*/site-packages"), None)
+    system = "include-system-site-packages = true" in read(release / "pyvenv.cfg")
+    if "container" in wanted or site is None or system:
+        return []
+    places = [site, site.parent, *map(Path, str(wanted["environment"].get(MODULES_PATH) or "/nonexistent").split(":"))]
+    found = []
+    for entry in vllm_named_files.named(wanted["config"], wanted["environment"]):
+        module = vllm_named_files.module_file(entry.value).removesuffix(".py")
+        if entry.kind != MODULE or entry.literal or module in sys.stdlib_module_names:
+            continue
+        if not any((place / module).is_dir() or any(place.glob(f"{module}.*")) for place in places):
+            found.append({"label": entry.label, "path": module, "what": "no module"})
+    return found
+
+
+def findings(wanted: Mapping[str, Any], user: str, release: Path) -> list[dict[str, str]]:
+    """What is wrong with what an instance names: C(label), C(path), and C(what), V(missing), V(unreadable) or V(no module). Shipped files are looked at by
+    themselves.
+    """
     shipped = {file["path"] for file in wanted.get("files") or []}
     directories = {path.rpartition("/")[0] for path in shipped}
-    found, there = [], []
+    found, there = unknown_modules(wanted, release), []
     for entry in vllm_named_files.paths(wanted["config"], wanted["environment"]):
         if entry.value in shipped or entry.value in directories:
             continue

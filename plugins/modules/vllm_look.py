@@ -180,7 +180,7 @@ findings:
       type: dict
     named:
       description: For each wanted instance what is wrong with what its options and environment name, each with C(label), where it is named, C(path), and
-        C(what), V(missing) or V(unreadable).
+        C(what), V(missing), V(unreadable) or V(no module).
       type: dict
     files:
       description: Paths of the wanted files of the inventory that are there as they are wanted.
@@ -327,7 +327,10 @@ def look(module: AnsibleModule) -> dict[str, Any]:
         "instances": instance_findings(module),
         "models": {instance["name"]: model_findings(instance) for instance in wanted},
         "named": {
-            instance["name"]: vllm_named_files_host.findings(instance, module.params["user"]) for instance in wanted
+            instance["name"]: vllm_named_files_host.findings(
+                instance, module.params["user"], Path(module.params["release"])
+            )
+            for instance in wanted
         },
         "files": vllm_named_files_host.arrived(file for instance in wanted for file in instance.get("files") or []),
         "release": release_findings(Path(module.params["release"]), served),

@@ -368,7 +368,7 @@ def test_an_adapter_that_is_not_there_is_told(tmp_path: Path) -> None:
     adapted["config"]["lora-modules"] = [{"name": "poet", "path": str(tmp_path)}]
 
     def missing(instance: dict[str, Any]) -> list[str]:
-        named = {"chat": vllm_named_files_host.findings(instance, "root")}
+        named = {"chat": vllm_named_files_host.findings(instance, "root", tmp_path)}
         return vllm_fit.named_problems(named, [instance], {"models_path": str(tmp_path)}, store=True, host=True)
 
     assert missing(wanted(1)) == []

@@ -54,6 +54,7 @@ def test_every_option_of_the_table_is_one_of_vllms(way: tuple[str, ...]) -> None
         ({"chat-template": "template_chatml.jinja"}, {"chat-template": "template_chatml.jinja"}),
         ({"reasoning-parser-plugin": "nemo/parser.py"}, {"reasoning-parser-plugin": "/srv/models/nemo/parser.py"}),
         ({"tool-parser-plugin": "installed.module"}, {"tool-parser-plugin": "installed.module"}),
+        ({"profiler-config": {"torch_profiler_dir": "/tmp/t"}}, {"profiler-config": {"torch_profiler_dir": "/tmp/t"}}),  # noqa: S108
         ({"tokenizer": "qwen"}, {"tokenizer": "/srv/models/qwen"}),
         ({"generation-config": "vllm"}, {"generation-config": "vllm"}),
         ({"allowed-local-media-path": "/mnt/media"}, {"allowed-local-media-path": "/mnt/media"}),
@@ -89,6 +90,7 @@ def test_a_name_becomes_a_path_where_it_is_one(options: dict[str, Any], expected
         ({"lora-modules": ["poet=/home/me/poet"]}, "'/home/me/poet', which the unit of vLLM does not see"),
         ({"log-config-file": "/tmp/log.json"}, "'/tmp/log.json', which the unit of vLLM does not see"),  # noqa: S108
         ({"allowed-local-media-path": "/home"}, "'/home', which the unit of vLLM does not see; put it elsewhere"),
+        ({"profiler-config": {"torch_profiler_dir": "/data/traces"}}, "torch_profiler_dir is '/data/traces', where vLLM may not write; it must be"),
         ({"allowed-local-media-path": "media"}, "option 'allowed-local-media-path' is 'media'; it must be an absolute path"),
     ],
 )  # fmt: skip
@@ -168,7 +170,7 @@ def rendered(path: Path, **options: Any) -> dict[str, Any]:
 
 
 def found(path: Path, user: str = "root", **options: Any) -> list[tuple[str, str, str]]:
-    said = vllm_named_files_host.findings(rendered(path, **options), user)
+    said = vllm_named_files_host.findings(rendered(path, **options), user, path / "release")
     return [(entry["label"], entry["what"], os.path.relpath(entry["path"], path)) for entry in said]
 
 
@@ -208,6 +210,23 @@ def test_what_the_services_user_cannot_read_is_told(tmp_path: Path) -> None:
     assert found(tmp_path, "nobody") == [("the model", "unreadable", "models/qwen/params.json")]
     (tmp_path / "models/qwen").chmod(0o700)
     assert found(tmp_path, "nobody") == [("the model", "unreadable", "models/qwen")]
+
+
+def test_a_module_that_nobody_has_is_told(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"middleware": ["limits.Limits", "installed.Other", "nobody.Has"], "worker-cls": "auto"}
+    assert found(tmp_path, **options) == [], "nothing can be said before the release is there"
+    (tmp_path / "release/lib/python3.13/site-packages/installed").mkdir(parents=True)
+    shipped = tmp_path / "files"
+    shipped.mkdir()
+    (shipped / "limits.py").touch()
+    made = rendered(tmp_path, **options)
+    made["environment"]["PYTHONPATH"] = str(shipped)
+    said = vllm_named_files_host.findings({**made, "files": []}, "root", tmp_path / "release")
+    assert said == [{"label": "option 'middleware'[2]", "path": "nobody", "what": "no module"}]
+    problems = vllm_fit.named_problems({"chat": said}, [made], {"models_path": "/srv/models"}, store=True, host=True)
+    assert (
+        "option 'middleware'[2]: the release has no module nobody; ship it with vllm_files as nobody.py" in problems[0]
+    )
 
 
 @pytest.mark.parametrize(("store", "host", "expected"), [(True, True, 2), (False, True, 1), (True, False, 1)])
