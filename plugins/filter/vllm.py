@@ -8,8 +8,10 @@ from typing import Any
 from ansible_collections.gpufleet.llm.plugins.module_utils import (
     vllm,
     vllm_container,
+    vllm_files,
     vllm_fit,
     vllm_kernels,
+    vllm_named_files,
     vllm_status,
 )
 
@@ -21,16 +23,47 @@ def vllm_instance_problems(
     return vllm.instance_problems(instances, device, table, allow_shared_gpus)
 
 
-def vllm_model_problems(instances: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Instances whose model nobody puts into the model store."""
-    return vllm.model_problems(instances, [str(model.get("name")) for model in models])
+def vllm_model_problems(
+    instances: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]], files: Sequence[Mapping[str, Any]] = ()
+) -> list[str]:
+    """Instances whose model, or one that their options name, nobody puts into the model store."""
+    names = [str(model.get("name")) for model in models]
+    return vllm.model_problems(instances, names, [str(file.get("name")) for file in files])
+
+
+def vllm_file_problems(files: Sequence[Mapping[str, Any]], base: str) -> list[str]:
+    """Everything that is wrong with `vllm_files`."""
+    return vllm_files.problems(files, base)
+
+
+def vllm_shipped_files(files: Sequence[Mapping[str, Any]], base: str, directory: str) -> dict[str, dict[str, str]]:
+    """Name -> path on the host, hash and content of each of `vllm_files`."""
+    return vllm_files.shipped(files, base, directory)
+
+
+def vllm_named_problems(
+    instances: Sequence[Mapping[str, Any]], files: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]
+) -> list[str]:
+    """Files and models that options and environment name, and that nobody could find there."""
+    names = dict.fromkeys(str(file.get("name")) for file in files)
+    return [
+        f"vllm_instances[{index}] ({instance.get('name')}): {problem}"
+        for index, instance in enumerate(instances)
+        for problem in vllm_named_files.problems(
+            instance.get("options") or {}, {**environment, **(instance.get("environment") or {})}, names
+        )
+    ]
 
 
 def vllm_host_problems(
-    generations: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], device: str, driver_due: bool = False
+    generations: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+    device: str,
+    driver_due: bool = False,
+    fit: str = "refuse",
 ) -> list[str]:
     """Everything on the host that stands in the way of its instances, as far as its facts tell."""
-    return vllm_fit.problems(generations, facts, device, driver_due)
+    return vllm_fit.problems(generations, facts, device, driver_due, fit)
 
 
 def vllm_container_problems(generations: Sequence[Mapping[str, Any]], allow_tags: bool) -> list[str]:
@@ -81,6 +114,9 @@ class FilterModule:
         functions = (
             vllm_instance_problems,
             vllm_model_problems,
+            vllm_file_problems,
+            vllm_shipped_files,
+            vllm_named_problems,
             vllm_host_problems,
             vllm_container_problems,
             vllm_runs_in,

@@ -11,7 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.gpufleet.llm.plugins.module_utils import vllm_container, vllm_container_host
+from ansible_collections.gpufleet.llm.plugins.module_utils import (
+    vllm_container,
+    vllm_container_host,
+    vllm_named_files,
+    vllm_named_files_host,
+)
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read, write
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import render_environment
@@ -262,12 +267,10 @@ def fingerprints(inputs: Mapping[str, Sequence[str]]) -> dict[str, str]:
 def real_config(wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of an instance with the very revisions of its models, as its generation has it."""
     # So going back goes back to their weights too, and a new revision makes a new generation.
-    config = {**wanted["config"], "model": os.path.realpath(wanted["config"]["model"])}
-    if "lora-modules" in config:
-        config["lora-modules"] = [
-            {**entry, "path": os.path.realpath(entry["path"])} for entry in config["lora-modules"]
-        ]
-    return config
+    shipped = {file["path"] for file in wanted.get("files") or []}
+    return vllm_named_files.with_revisions(
+        wanted["config"], lambda path: path if path in shipped else os.path.realpath(path)
+    )
 
 
 def wanted_content(wanted: dict[str, Any], inputs: Mapping[str, str], release: str) -> dict[str, str]:
@@ -278,7 +281,7 @@ def wanted_content(wanted: dict[str, Any], inputs: Mapping[str, str], release: s
         "config.yaml": render_config(config),
         "environment": render_environment(wanted["environment"]),
         "gate.json": json.dumps(wanted["gate"]) + "\n",  # how to ask this generation, when it comes back
-        "inputs": f"{inputs.get(runtime, '')}\n",
+        "inputs": f"{inputs.get(runtime, '')}{vllm_named_files_host.fingerprint({**wanted, 'config': config})}\n",
     }
     if runtime == "systemd":
         return {**content, "release": release}

@@ -18,8 +18,11 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 MANIFEST = ".model.json"
-# A model has the first, a LoRA adapter the second. A directory with neither is none of both, or a disk that is not mounted.
-CONFIGS = ("config.json", "adapter_config.json")
+# A model has one of these: that of transformers, or that of Mistral's own format.
+MODEL_CONFIGS = ("config.json", "params.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json")
+# A directory with none of them is neither a model nor an adapter nor a tokenizer, or a disk that is not mounted.
+CONFIGS = (*MODEL_CONFIGS, "adapter_config.json", *TOKENIZER_FILES)
 # By source, what an entry of model_store_models may say beside its name and source.
 HUBS = ("huggingface", "modelscope")
 KEYS: dict[str, tuple[str, ...]] = {
@@ -64,7 +67,7 @@ def problems(models: Sequence[Model], allow_moving: bool = False) -> list[str]:
 
 
 def is_model(directory: Path) -> bool:
-    """Whether a directory holds a model or a LoRA adapter."""
+    """Whether a directory holds a model, a LoRA adapter or a tokenizer."""
     return any((directory / name).is_file() for name in CONFIGS)
 
 
@@ -94,8 +97,8 @@ def _path_problems(name: str, model: Model) -> list[str]:
         return [f"{name}: revision is `{revision}`; it takes letters, digits, dot, dash and underscore"]
     if model.get("copy") and not is_model(Path(path)):
         return [
-            f"{name}: there is no {path}/config.json on the controller, nor the adapter_config.json of a LoRA adapter "
-            "(with `copy: false`, it is one on the host)"
+            f"{name}: there is no {path}/config.json on the controller, nor what else makes a model (params.json), a LoRA adapter "
+            "(adapter_config.json) or a tokenizer (with `copy: false`, it is one on the host)"
         ]
     return []
 

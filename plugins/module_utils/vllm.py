@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ansible_collections.gpufleet.llm.plugins.module_utils import fleet, vllm_kernels
+from ansible_collections.gpufleet.llm.plugins.module_utils import fleet, vllm_kernels, vllm_named_files
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_named_files import MODEL_NAME, adapters
 
 INSTANCE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
-MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}", re.IGNORECASE)
 VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
 # Where an instance keeps what it compiles: kernels survive releases. They are code: private, and written by nobody else.
 CACHE_PATH = "/var/cache/vllm"
@@ -72,9 +72,6 @@ OWNED_OPTIONS = {
 
 # What stands in every configuration and comes from the role: no table of options is asked about it.
 ROLE_OPTIONS = ("model", "host", "port", "shutdown-timeout")
-
-# Directories that the unit hides from vLLM (ProtectHome=).
-UNSEEN_PATHS = ("/home/", "/root/", "/run/user/")
 
 # Environment variables that open what must stay closed, or that the role itself sets.
 REFUSED_ENVIRONMENT = {
@@ -148,24 +145,6 @@ def value_problem(value: Any, kind: Any) -> str:
     return ""
 
 
-def adapters(options: Mapping[str, Any]) -> list[Any]:
-    """The LoRA adapters of `lora-modules`, each as {name, path}: vLLM takes `name=path` as well. What is neither stays as it is."""
-    given = options.get("lora-modules") or []
-    found: list[Any] = []
-    for entry in given if isinstance(given, list) else [given]:
-        if isinstance(entry, str) and "=" in entry:
-            name, _equals, path = entry.partition("=")
-            entry = {"name": name, "path": path}
-        found.append(entry)
-    return found
-
-
-def in_the_store(adapter: Any) -> bool:
-    """Whether the path of an adapter is the name of a model in the model store."""
-    path = adapter.get("path") if isinstance(adapter, Mapping) else None
-    return isinstance(path, str) and MODEL_NAME.fullmatch(path) is not None
-
-
 def served_names(instance: Mapping[str, Any]) -> list[Any]:
     """The names that clients ask the model itself for, the one that the gate uses first."""
     names = (instance.get("options") or {}).get("served-model-name", instance.get("model"))
@@ -173,7 +152,7 @@ def served_names(instance: Mapping[str, Any]) -> list[Any]:
 
 
 def adapter_problems(instance: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the LoRA adapters of an instance."""
+    """What is wrong with the LoRA adapters of an instance; where they lie is vllm_named_files' to judge."""
     options = instance.get("options") or {}
     problems, names = [], served_names(instance)
     for number, entry in enumerate(adapters(options)):
@@ -182,14 +161,6 @@ def adapter_problems(instance: Mapping[str, Any]) -> list[str]:
         if not (isinstance(name, str) and name and isinstance(path, str) and path):
             problems.append(f"{where} is {entry!r}; it must be {{name: ..., path: ...}}")
             continue
-        if not in_the_store(entry) and not path.startswith("/"):
-            problems.append(
-                f"{where} has path {path!r}; it must be the name of a model in the model store, or an absolute path"
-            )
-        elif path.startswith(UNSEEN_PATHS):
-            problems.append(
-                f"{where} has path {path!r}, which the unit of vLLM does not see; put it into the model store"
-            )
         if name in names:
             problems.append(f"{where} has the name {name!r}, which is taken; clients choose by the name")
         names = [*names, name]
@@ -258,14 +229,16 @@ def instance_problems(
     return problems
 
 
-def model_problems(instances: Sequence[Mapping[str, Any]], models: Sequence[str]) -> list[str]:
-    """Instances whose model, or an adapter of theirs, is not among those that the model store gets."""
+def model_problems(
+    instances: Sequence[Mapping[str, Any]], models: Sequence[str], files: Sequence[str] = ()
+) -> list[str]:
+    """Instances whose model, or one that their options name, is not among those that the model store gets; `files` has the names of vllm_files."""
     problems = []
     for index, instance in enumerate(instances):
         wanted = [("model", str(instance.get("model", "")))]
-        wanted += [
-            ("adapter", entry["path"]) for entry in adapters(instance.get("options") or {}) if in_the_store(entry)
-        ]
+        wanted += vllm_named_files.of_the_store(
+            instance.get("options") or {}, instance.get("environment") or {}, dict.fromkeys(files)
+        )
         for what, name in wanted:
             if name and name not in models:
                 close = difflib.get_close_matches(name, models, n=1)
@@ -318,20 +291,21 @@ def render_environment(environment: Mapping[str, str]) -> str:
 def wanted(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Turn an entry of `vllm_instances` into what the host needs: configuration, environment, and how to ask it (`gate`).
 
-    `settings` holds address, device, models_path, shutdown_timeout, environment (for all instances), cuda_home, release_mount and gpus (for those
-    that run from a release, see vllm_kernels; the GPUs as host_facts tells them), runtime, image and container (the latter two for instances in
-    containers, see compose() of vllm_container).
+    `settings` holds address, device, models_path, files (see vllm_files), shutdown_timeout, environment (for all instances), cuda_home, release_mount
+    and gpus (for those that run from a release, see vllm_kernels; the GPUs as host_facts tells them), runtime, image and container (the latter two for
+    instances in containers, see compose() of vllm_container).
     """
     name, model, address = instance["name"], instance["model"], settings["address"]
     runtime = runtime_of(instance, settings["runtime"])
     options = dict(instance.get("options") or {})
     options.pop("served-model-name", None)
     served = served_names(instance)
-    if "lora-modules" in options:
-        options["lora-modules"] = [
-            {**entry, "path": f"{settings['models_path']}/{entry['path']}"} if in_the_store(entry) else entry
-            for entry in adapters(options)
-        ]
+    options, named_environment, files = vllm_named_files.resolved(
+        options,
+        {**settings["environment"], **(instance.get("environment") or {})},
+        settings["models_path"],
+        settings.get("files") or {},
+    )
     config = {
         "model": f"{settings['models_path']}/{model}",
         "served-model-name": served,
@@ -349,7 +323,7 @@ def wanted(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
         if not settings["cuda_home"]:
             mine = [gpu for gpu in settings["gpus"] if gpu["index"] in (instance.get("gpus") or [])]
             config |= vllm_kernels.options(options, [gpu["compute_capability"] for gpu in mine])
-    environment = {**caches, **kernels, **settings["environment"], **(instance.get("environment") or {})}
+    environment = {**caches, **kernels, **named_environment}
     if settings["device"] == "cuda":
         environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     if settings["device"] == "cuda" and runtime == "systemd":  # a container has no others
@@ -368,6 +342,7 @@ def wanted(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
         "runtime": runtime,
         "config": config,
         "environment": {key: str(value) for key, value in environment.items()},
+        "files": files,
         "gate": {
             "name": name,
             "unit": f"vllm@{name}.service",

@@ -8,7 +8,10 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
+
+from ansible_collections.gpufleet.llm.plugins.module_utils import vllm_named_files
 
 # What makes a generation one that runs in a container.
 COMPOSE = "compose.json"
@@ -129,9 +132,9 @@ def inside(path: str, directory: str) -> bool:
     return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
-def weights(config: Mapping[str, Any], models_path: str) -> list[str]:
-    """Directories that the container has to see: the model store, and models and adapters that are links to elsewhere."""
-    used = [str(config["model"]), *(str(entry["path"]) for entry in config.get("lora-modules") or [])]
+def seen(wanted: Mapping[str, Any], config: Mapping[str, Any], models_path: str) -> list[str]:
+    """What the container has to see: the model store, and whatever else the configuration and the environment name."""
+    used = [entry.value for entry in vllm_named_files.paths(config, wanted["environment"])]
     return list(dict.fromkeys([models_path, *(path for path in used if not inside(path, models_path))]))
 
 
@@ -163,7 +166,7 @@ def compose(
             mount(shared["serve"], SERVE),
             mount(shared["library"], LIBRARY),
             mount(shared["keys"], KEYS),
-            *(mount(path) for path in weights(config, container["models_path"])),
+            *(mount(path) for path in seen(wanted, config, container["models_path"])),
             mount(cache, read_only=False),
         ],
         "read_only": True,
@@ -201,10 +204,24 @@ def escaped(node: Any, keep: str = "${COMPOSE_PROJECT_NAME}") -> Any:
     return node.replace("$", "$$") if isinstance(node, str) and node != keep else node
 
 
-def exported(compose_file: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The compose file for another machine: the same container under a name of its own, started by the engine alone."""
+def beside(path: str) -> str:
+    """Where a shipped file is beside the compose file of another machine."""
+    return f"files/{PurePosixPath(path).parent.name}/{PurePosixPath(path).name}"
+
+
+def exported(compose_file: Mapping[str, Any], name: str, files: Sequence[str] = ()) -> dict[str, Any]:
+    """The compose file for another machine: the same container under a name of its own, started by the engine alone. `files` are the paths of those
+    that are shipped; they come with it.
+    """
     service = compose_file["services"][SERVICE]
-    changed = {"container_name": name, "pull_policy": "missing", "restart": "unless-stopped"}
+    moved = {path: f"./{beside(path)}" for path in files}
+    moved.update({str(PurePosixPath(path).parent): f"./{PurePosixPath(beside(path)).parent}" for path in files})
+    changed = {
+        "container_name": name,
+        "pull_policy": "missing",
+        "restart": "unless-stopped",
+        "volumes": [{**entry, "source": moved.get(entry["source"], entry["source"])} for entry in service["volumes"]],
+    }
     return {"name": name, "services": {SERVICE: {**service, **changed}}}
 
 

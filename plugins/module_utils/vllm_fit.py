@@ -11,6 +11,7 @@ from typing import Any
 from ansible_collections.gpufleet.llm.plugins.module_utils import vllm_keys
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import checked_options, option_problems
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import engine_problems
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_weights import need, share_problems, weights_problems
 
 GB = 1000**3
 # vLLM's wheels are built for CUDA 13, which needs R580, and for compute capability 7.5 and newer.
@@ -22,16 +23,29 @@ CPU_OVERHEAD_GB = 2.0
 
 
 def problems(
-    generations: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], device: str, driver_due: bool = False
+    generations: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+    device: str,
+    driver_due: bool = False,
+    fit: str = "refuse",
 ) -> list[str]:
     """Everything on the host that stands in the way of its instances, one sentence each.
 
-    `driver_due`: the driver is about to change, so nothing can be said of the GPUs yet.
+    `driver_due`: the driver is about to change, so nothing can be said of the GPUs yet. `fit`: what estimates do; what is a warning, judge() tells.
     """
     found = port_problems(generations, facts["ports"])
     if device == "cuda":
-        return found if driver_due else found + gpu_problems(generations, facts)
-    return found + memory_problems(generations, facts["memory_bytes"])
+        found += [] if driver_due else gpu_problems(generations, facts)
+        served = [instance for instance in generations if "container" not in instance]
+        estimates = share_problems(generations) + floor_problems(served, [] if driver_due else facts["gpus"])
+    else:
+        estimates = memory_problems(generations, facts["memory_bytes"])
+    return found + (overrulable(estimates) if fit == "refuse" else [])
+
+
+def overrulable(estimates: Sequence[str]) -> list[str]:
+    """Estimates with the name of the switch for who knows better."""
+    return [f"{text} (an estimate: `vllm_fit: warn` goes on nevertheless)" for text in estimates]
 
 
 def port_problems(generations: Sequence[Mapping[str, Any]], ports: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -54,7 +68,7 @@ def port_problems(generations: Sequence[Mapping[str, Any]], ports: Sequence[Mapp
 
 
 def gpu_problems(generations: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[str]:
-    """GPUs that are missing, too old, or driven by too old a driver."""
+    """GPUs that are missing, or that an instance cannot have."""
     gpus = facts["gpus"]
     if facts["gpu_error"]:
         return [f"nvidia-smi fails: {facts['gpu_error']}; the driver does not work"]
@@ -63,17 +77,6 @@ def gpu_problems(generations: Sequence[Mapping[str, Any]], facts: Mapping[str, A
             "vllm_device is cuda, but nvidia-smi is not there: install the NVIDIA driver first, or set vllm_device: cpu"
         ]
     found = []
-    driver = gpus[0]["driver"]
-    if int(driver.split(".")[0]) < MINIMUM_DRIVER:
-        found.append(
-            f"the NVIDIA driver is {driver}, but vLLM needs {MINIMUM_DRIVER} or newer (its wheels are CUDA 13); upgrade the driver"
-        )
-    for gpu in gpus:
-        if gpu["compute_capability"] < MINIMUM_CAPABILITY:
-            found.append(
-                f"GPU {gpu['index']} ({gpu['name']}) has compute capability {gpu['compute_capability']}, but vLLM needs "
-                f"{MINIMUM_CAPABILITY} or higher"
-            )
     known = {gpu["index"] for gpu in gpus}
     divided = {gpu["index"] for gpu in gpus if gpu["mig"]}
     for instance in generations:
@@ -88,6 +91,23 @@ def gpu_problems(generations: Sequence[Mapping[str, Any]], facts: Mapping[str, A
                 f"{', '.join(map(str, sorted(known)))}"
             )
     return found
+
+
+def floor_problems(generations: Sequence[Mapping[str, Any]], gpus: Sequence[Mapping[str, Any]]) -> list[str]:
+    """GPUs of instances that are too old, or driven by too old a driver, for wheels of CUDA 13."""
+    used = {gpu for instance in generations for gpu in instance.get("gpus") or []}
+    mine = [gpu for gpu in gpus if gpu["index"] in used]
+    found = [
+        f"the NVIDIA driver is {driver}, but vLLM needs {MINIMUM_DRIVER} or newer (its wheels are CUDA 13); upgrade the driver"
+        for driver in dict.fromkeys(gpu["driver"] for gpu in mine)
+        if int(driver.split(".")[0]) < MINIMUM_DRIVER
+    ]
+    return found + [
+        f"GPU {gpu['index']} ({gpu['name']}) has compute capability {gpu['compute_capability']}, but vLLM needs "
+        f"{MINIMUM_CAPABILITY} or higher"
+        for gpu in mine
+        if gpu["compute_capability"] < MINIMUM_CAPABILITY
+    ]
 
 
 def memory_problems(
@@ -109,24 +129,6 @@ def memory_problems(
     ]
 
 
-def weights_problems(
-    generations: Sequence[Mapping[str, Any]], gpus: Sequence[Mapping[str, Any]], weights_gb: Mapping[str, float]
-) -> list[str]:
-    """Instances whose weights do not fit into their GPUs."""
-    found = []
-    memory = {gpu["index"]: gpu["memory_mib"] * 1024**2 / GB for gpu in gpus}
-    for instance in generations:
-        have = sum(memory.get(index, 0.0) for index in instance.get("gpus") or [])
-        share = float(instance["config"].get("gpu-memory-utilization", 0.92))  # the default of vLLM 0.33
-        weights = weights_gb[instance["name"]]
-        if have and weights > have * share:
-            found.append(
-                f"vllm_instances ({instance['name']}): the weights take {weights:.1f} GB, but its GPUs have {have:.1f} GB, of which "
-                f"gpu-memory-utilization gives {have * share:.1f} GB; name more GPUs or choose a smaller or quantized model"
-            )
-    return found
-
-
 def judge(
     findings: Mapping[str, Any], wanted: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], check_mode: bool
 ) -> dict[str, Any]:
@@ -136,15 +138,20 @@ def judge(
     differing = [there[instance["name"]] for instance in wanted if there[instance["name"]]["differs"]]
     strangers = [entry for entry in findings["instances"] if not entry["wanted"]]
     held = {instance["name"]: there[instance["name"]] for instance in wanted if there[instance["name"]]["held"]}
+    fit, estimates = settings.get("fit", "refuse"), overrulable(host_estimates(findings, wanted, settings))
+    warnings = [held_warning(entry, findings["node"]) for entry in differing if entry["held"]]
+    warnings += estimates if fit == "warn" else []
+    warnings += container_warnings(contained, settings) if fit != "off" else []
     return {
-        "problems": look_problems(findings, wanted, settings, check_mode),
-        "warnings": [held_warning(entry, findings["node"]) for entry in differing if entry["held"]],
+        "problems": look_problems(findings, wanted, settings, check_mode) + (estimates if fit == "refuse" else []),
+        "warnings": warnings,
         "release_complete": release["complete"] or len(contained) == len(wanted),
         "missing_images": [
             image
             for image in dict.fromkeys(instance["container"]["image"] for instance in contained)
             if image not in findings["images"]
         ],
+        "missing_files": missing_files(findings, wanted),
         "pending": [entry["name"] for entry in differing if not entry["held"]],
         "obsolete": [entry["name"] for entry in strangers if not entry["held"]],
         "internal_keys": internal_keys(findings, settings),
@@ -182,22 +189,43 @@ def look_problems(
     # In check mode on a bare host there is no engine yet, and on any host a model that is new in the inventory is still to come.
     bare = not findings["deployed"] if contained else not release["complete"]
     required = settings["require_models"] and not (check_mode and bare)
-    weights = {name: model["weights_bytes"] / GB for name, model in models.items()}
     found: list[str] = []
     if contained and required:
         found += engine_problems(findings["engine"], with_gpus=any(instance["gpus"] for instance in contained))
     found += published_problems(wanted, findings["published"])
     found += missing_models(wanted, models) if required and not check_mode else []
-    found += missing_adapters(wanted, models) if required else []
-    if settings["device"] == "cpu":
-        found += memory_problems(wanted, settings["memory_bytes"], weights)
-    else:
-        found += weights_problems(wanted, settings["gpus"], weights)
+    found += named_problems(findings["named"], wanted, settings, required, host=not (check_mode and bare))
     if release["complete"]:
         found += installed_option_problems(served, release["options"])
-    elif served:
+    return found
+
+
+def host_estimates(
+    findings: Mapping[str, Any], wanted: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> list[str]:
+    """By what is estimated rather than known, what of the wanted instances does not fit the host."""
+    models = {name: model["weights"] for name, model in findings["models"].items()}
+    served = [instance for instance in wanted if "container" not in instance]
+    release = findings["release"]
+    if settings["device"] == "cpu":
+        weights = {entry["name"]: need(models[entry["name"]], entry["config"]) / GB for entry in wanted}
+        found = memory_problems(wanted, settings["memory_bytes"], weights)
+    else:
+        gpus = [] if settings.get("driver_due") else settings["gpus"]
+        found = floor_problems(served, gpus) + share_problems(wanted) + weights_problems(wanted, gpus, models)
+    if served and not release["complete"]:
         found += space_problems(release, settings["release_gb"])
     return found
+
+
+def container_warnings(contained: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[str]:
+    """What an image has to bring so that it runs on this host's driver and GPUs: only the image says whether it does."""
+    if settings["device"] == "cpu" or settings.get("driver_due"):
+        return []
+    return [
+        f"{text}. In a container that is for the image to say: one of an earlier CUDA, or with the libraries for compatibility, runs all the same"
+        for text in floor_problems(contained, settings["gpus"])
+    ]
 
 
 def published_problems(wanted: Sequence[Mapping[str, Any]], published: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -218,21 +246,48 @@ def missing_models(wanted: Sequence[Mapping[str, Any]], models: Mapping[str, Any
         model = PurePosixPath(instance["config"]["model"])
         if not models[instance["name"]]["present"]:
             found.append(
-                f"vllm_instances ({instance['name']}): the model {model.name!r} is not in {model.parent} (no {model}/config.json); "
+                f"vllm_instances ({instance['name']}): the model {model.name!r} is not in {model.parent} (no {model}/config.json, nor params.json); "
                 "name it in model_store_models and run the role model_store first"
             )
     return found
 
 
-def missing_adapters(wanted: Sequence[Mapping[str, Any]], models: Mapping[str, Any]) -> list[str]:
-    """LoRA adapters that are not where they are looked for."""
-    return [
-        f"vllm_instances ({instance['name']}): the adapter {entry['name']!r} is not there (no {entry['path']}/adapter_config.json); "
-        "name it in model_store_models and run the role model_store first"
-        for instance in wanted
-        for entry in instance["config"].get("lora-modules", [])
-        if entry["path"] not in models[instance["name"]]["adapters"]
+def missing_files(findings: Mapping[str, Any], wanted: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Files of the inventory that a run has to bring: whoever is held needs no others than it has."""
+    held = {entry["name"] for entry in findings["instances"] if entry["held"]}
+    paths = [
+        file["path"] for instance in wanted if instance["name"] not in held for file in instance.get("files") or []
     ]
+    return [path for path in dict.fromkeys(paths) if path not in findings["files"]]
+
+
+def named_problems(
+    named: Mapping[str, Any], wanted: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], store: bool, host: bool
+) -> list[str]:
+    """What options name and is not there, or cannot be read: in the model store when `store`, elsewhere on the host when `host`."""
+    models_path = str(settings.get("models_path") or "").rstrip("/") + "/"
+    found = []
+    for instance in wanted:
+        for entry in named[instance["name"]]:
+            in_store = entry["path"].startswith(models_path)
+            # a model that is missing is told by missing_models()
+            if not (store if in_store else host) or (entry["label"] == "the model" and entry["what"] == "missing"):
+                continue
+            if entry["what"] == "no module":
+                said = f"the release has no module {entry['path']}; ship it with vllm_files as {entry['path']}.py"
+            elif entry["what"] == "missing":
+                said = f"there is no {entry['path']}; " + (
+                    "name it in model_store_models and run the role model_store first"
+                    if in_store
+                    else "put it there, or let vllm_files ship it"
+                )
+            else:
+                said = (
+                    f"vLLM's user cannot read {entry['path']}; `namei -l {entry['path']}` shows what shuts it out"
+                    + ("" if in_store else ", and vllm_files can ship a small file")
+                )
+            found.append(f"vllm_instances ({instance['name']}): {entry['label']}: {said}")
+    return found
 
 
 def installed_option_problems(served: Sequence[Mapping[str, Any]], table: Mapping[str, Any]) -> list[str]:

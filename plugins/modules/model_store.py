@@ -182,7 +182,7 @@ class Store:
             if not is_model(Path(model["path"])):
                 raise ModelError(
                     f"{name}: there is no {model['path']}/config.json on this host; is the disk mounted? "
-                    "(A LoRA adapter has an adapter_config.json instead.)"
+                    "(Instead of it, a model may have a params.json, a LoRA adapter has an adapter_config.json, a tokenizer its own files.)"
                 )
             self.point(name, model["path"])
             return

@@ -18,9 +18,11 @@ description:
 options:
   state:
     description:
-      - V(prepared) writes the wanted generation of each instance where it differs from the current one, and restarts nothing.
+      - V(prepared) writes the wanted generation of each instance where it differs from the current one, has systemd read its units again, and restarts
+        nothing.
       - V(activated) moves the link to the newest generation, or to O(generation), and restarts the instance. The container of one that runs in a
-        container is made before anything stops; one that changes its runtime is stopped by the unit that started it.
+        container is made before anything stops; one that changes its runtime is stopped by the unit that started it. Of several that share a GPU all
+        have stopped before the first one starts.
       - V(dropped) removes generations that were written and are not to be activated.
       - V(stopped) stops the instances, after their running requests have ended; nothing else of them changes.
       - V(confirmed) marks the current generation as good and removes old generations, with their containers, and releases and images that no
@@ -75,6 +77,9 @@ options:
   releases_path:
     description: For V(confirmed). Directory of the releases; those that no generation needs are removed, and such images, too. Without it both stay.
     type: path
+  files_path:
+    description: For V(confirmed). Directory of the files of the inventory; those that no generation names are removed. Without it they stay.
+    type: path
   keep:
     description: For V(confirmed). How many generations of an instance are kept.
     type: int
@@ -117,7 +122,8 @@ outcomes:
   returned: when state is reverted
   type: dict
 exports:
-  description: For each instance C(name), C(user), C(cache), C(models), C(compose) (the compose file), C(config) and C(environment) (files beside it).
+  description: For each instance C(name), C(user), C(cache), C(models) (paths that the container sees), C(compose) (the compose file), C(config) and
+    C(environment) (files beside it), and C(files), those of the inventory, each with its C(path) on the host and its place C(beside) the compose file.
   returned: when state is exported
   type: list
   elements: dict
@@ -136,7 +142,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_container
+from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_container, vllm_shared_gpus
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read, write
 from ansible_collections.gpufleet.llm.plugins.module_utils.generations_host import CONFIRMED, HELD, Deployed
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
@@ -173,6 +179,9 @@ def prepared(module: AnsibleModule) -> dict[str, Any]:
         # A run that died after writing left the very generation that is wanted.
         if not module.check_mode and instance.content(max(instance.numbers(), default=None)) != content:
             instance.write(content)
+    if not module.check_mode:
+        # what stands beside the units of instances changes without a restart of any
+        module.run_command(["systemctl", "daemon-reload"], check_rc=True)
     names = {wanted["name"] for wanted in module.params["wanted"]}
     gone = generations_host.obsolete(module.params["config_path"], names)
     return {"changed": changed, "pending": pending, "obsolete": gone, "diff": diffs}
@@ -185,13 +194,20 @@ def exported(instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
         container, config = wanted["container"], wanted["config"]
         user = generations_host.owner_of(container["user"])
         file = vllm_container.compose(wanted, config, user, {"serve": "./serve", "library": "./lib", "keys": "./keys"})
+        files = [entry["path"] for entry in wanted.get("files") or []]
+        shipped = {*files, *(str(Path(path).parent) for path in files)}
         found.append(
             {
                 "name": wanted["name"],
                 "user": user,
                 "cache": container["cache"],
-                "models": vllm_container.weights(config, container["models_path"]),
-                "compose": vllm_container.exported(file, f"vllm-{wanted['name']}"),
+                "models": [
+                    path
+                    for path in vllm_container.seen(wanted, config, container["models_path"])
+                    if path not in shipped
+                ],
+                "files": [{"path": path, "beside": vllm_container.beside(path)} for path in files],
+                "compose": vllm_container.exported(file, f"vllm-{wanted['name']}", files),
                 "config": generations_host.render_config(config),
                 "environment": render_environment(wanted["environment"]),
             }
@@ -214,6 +230,27 @@ def activated(instance: Deployed, number: int | None = None) -> None:
     """Switch an instance to a generation, the newest unless another one is meant."""
     instance.switch(number or instance.numbers()[-1], container_unit(instance.module))
     instance.restart()
+
+
+def make_room(module: AnsibleModule, instances: list[Deployed]) -> None:
+    """Stop those that share a GPU and are about to be restarted: none of them starts while another one gives memory back."""
+    gpus = {
+        instance.name: [
+            gpu
+            for number in {instance.current(), *instance.confirmed()[-1:], *instance.numbers()[-1:]}
+            for gpu in vllm_shared_gpus.gpus_of(instance.content(number))
+        ]
+        for instance in instances
+    }
+    names = vllm_shared_gpus.sharing(gpus)
+    together = [instance for instance in instances if instance.name in names]
+    for instance in together:
+        if instance.in_container(newest := instance.numbers()[-1]):
+            instance.containers.create(newest)  # what fails has to fail before anything stops
+    if together:
+        module.run_command(["systemctl", "stop", *(instance.unit for instance in together)])
+    for instance in together:
+        instance.stop()
 
 
 def gates(instances: list[Deployed]) -> list[dict[str, Any]]:
@@ -254,6 +291,18 @@ def unneeded_images(module: AnsibleModule) -> list[str]:
     return gone
 
 
+def unneeded_files(module: AnsibleModule) -> list[str]:
+    """Remove files of the inventory that no generation names. Returns the directories that are gone."""
+    directory = Path(module.params["files_path"] or "/nonexistent")
+    root = Path(module.params["config_path"])
+    texts = [read(root / name) for pattern in ("config.yaml", "environment") for name in root.glob(f"*/*/{pattern}")]
+    entries = list(directory.iterdir()) if directory.is_dir() else []
+    gone = [str(entry) for entry in entries if not any(str(entry) in text for text in texts)]
+    for path in gone:
+        shutil.rmtree(path)
+    return gone
+
+
 def confirmed(module: AnsibleModule, instances: list[Deployed]) -> bool:
     """Mark what runs as good and remove what nothing needs."""
     changed = False
@@ -263,6 +312,7 @@ def confirmed(module: AnsibleModule, instances: list[Deployed]) -> bool:
             mark.touch(mode=0o644)
             changed = True
         instance.prune(module.params["keep"])
+    changed |= bool(unneeded_files(module))
     if module.params["releases_path"]:
         changed |= bool(unneeded_images(module))
         root = Path(module.params["config_path"])
@@ -287,13 +337,15 @@ def activate(module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]
     """Switch instances to their newest generations, or to the one that is meant."""
     # the unit may be new, in this run or in one that died
     module.run_command(["systemctl", "daemon-reload"], check_rc=True)
+    make_room(module, instances)
     for instance in instances:
         activated(instance, module.params["generation"])
     return {"gates": gates(instances)}
 
 
-def revert(_module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
+def revert(module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
     """Go back with instances, and say how to ask those that did."""
+    make_room(module, [instance for instance in instances if instance.current() not in instance.confirmed()])
     outcomes = {instance.name: reverted(instance) for instance in instances}
     back = [instance for instance in instances if outcomes[instance.name] in ("reverted", "restarted")]
     changed = any(outcome != "kept" for outcome in outcomes.values())
@@ -386,6 +438,7 @@ ARGUMENTS: dict[str, Any] = {
     "holder": {"type": "str", "default": "somebody"},
     "reason": {"type": "str", "default": ""},
     "releases_path": {"type": "path"},
+    "files_path": {"type": "path"},
     "keep": {"type": "int", "default": 3},
 }
 RULES: dict[str, Any] = {"required_if": [("state", "prepared", ["release"])]}

@@ -12,7 +12,8 @@ author: The vLLM Fleet authors (@gpufleet)
 short_description: Looks at the vLLM instances of a host and at what they need
 description:
   - Says in one call what the facts of the host do not say, and changes nothing. The instances that are there with their generations and units, and for
-    those that are wanted their models and adapters, the release and its options, disk space, and for containers the engine and its images.
+    those that are wanted their models and whatever else their options name, the release and its options, disk space, and for containers the engine and
+    its images.
   - With O(settings) it also says, on the controller, what stands in the way of the wanted instances and what has to change. It does not fail by itself.
 options:
   config_path:
@@ -39,11 +40,18 @@ options:
     description: The file with the hashes of the internal keys that instances take.
     type: path
     default: /nonexistent
+  user:
+    description: Name of the user that runs vLLM, who has to be able to read what is named.
+    type: str
+    default: vllm
   settings:
     description:
       - What to judge by. C(device), where the instances compute, V(cuda) or V(cpu); C(gpus) and C(memory_bytes) of the host, as
-        M(gpufleet.llm.host_facts) gives them; C(release_gb), disk space in GB that a release takes while it is built; C(internal_key), the SHA-256
-        of the wanted internal key, and C(former_key_seconds), for how long a former one is taken once no gateway shows it any more.
+        M(gpufleet.llm.host_facts) gives them; C(release_gb), disk space in GB that a release takes while it is built; C(models_path), the model store;
+        C(internal_key), the SHA-256 of the wanted internal key, and C(former_key_seconds), for how long a former one is taken once no gateway shows
+        it any more.
+      - C(fit) says what an estimate does by which an instance does not fit its host, V(refuse), V(warn) or V(off). C(driver_due) says that the driver is
+        about to change.
       - C(require_models) says whether a model or an engine that is not there is a problem. In check mode a model never is, because the run would bring
         it, and an engine is not before the first instance runs.
       - Without it nothing is judged.
@@ -76,6 +84,11 @@ release_complete:
   type: bool
 missing_images:
   description: Images that are not there.
+  returned: when O(settings) is given
+  type: list
+  elements: str
+missing_files:
+  description: Paths of files of the inventory that instances name, that are not there as they are wanted, and that a run may bring.
   returned: when O(settings) is given
   type: list
   elements: str
@@ -183,8 +196,17 @@ findings:
           description: Whether its unit starts at boot.
           type: bool
     models:
-      description: For each wanted instance whether its model is there (C(present)), C(weights_bytes), and the paths of C(adapters) that are there.
+      description: For each wanted instance whether its model is there (C(present)), and C(weights) of it and of its draft model, each with C(bytes) of
+        the files that vLLM loads, how most numbers are C(stored), and whether they are C(quantized) already.
       type: dict
+    named:
+      description: For each wanted instance what is wrong with what its options and environment name, each with C(label), where it is named, C(path), and
+        C(what), V(missing), V(unreadable) or V(no module).
+      type: dict
+    files:
+      description: Paths of the wanted files of the inventory that are there as they are wanted.
+      type: list
+      elements: str
     release:
       description: Whether it is C(complete). If so C(options), what its C(vllm serve) says of the options that are wanted, of all when it does not know one;
         else C(parent), where it would be built, and C(free_bytes) there.
@@ -211,29 +233,27 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_container, vllm_keys
+from ansible_collections.gpufleet.llm.plugins.module_utils import (
+    generations_host,
+    vllm_container,
+    vllm_keys,
+    vllm_named_files_host,
+    vllm_shared_gpus,
+    vllm_weights_host,
+)
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
+from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import MODEL_CONFIGS
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import checked_options
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container_host import Engine
 
 
-def weights_bytes(model: Path) -> int:
-    """Size of the weights of a model directory."""
-    for pattern in ("*.safetensors", "*.bin", "*.gguf"):
-        if size := sum(file.stat().st_size for file in model.glob(pattern)):
-            return size
-    return 0
-
-
 def model_findings(wanted: dict[str, Any]) -> dict[str, Any]:
-    """The model and the adapters of a wanted instance."""
+    """The model of a wanted instance."""
     model = Path(wanted["config"]["model"])
-    adapters = [entry["path"] for entry in wanted["config"].get("lora-modules", [])]
     return {
-        "present": (model / "config.json").is_file(),
-        "weights_bytes": weights_bytes(model.resolve()),
-        "adapters": [path for path in adapters if (Path(path) / "adapter_config.json").is_file()],
+        "present": any((model / name).is_file() for name in MODEL_CONFIGS),
+        "weights": vllm_weights_host.of_instance(wanted["config"]),
     }
 
 
@@ -269,20 +289,11 @@ def generation_findings(content: dict[str, str]) -> dict[str, Any]:
         return {"runtime": "", "runs": "", "port": None, "gpus": [], "gate": {}}
     options = dict(line.split(": ", 1) for line in content["config.yaml"].splitlines())
     compose = content.get(vllm_container.COMPOSE)
-    if compose:
-        gpus = vllm_container.gpus_of(compose)
-    else:
-        named = [
-            line.partition("=")[2]
-            for line in content["environment"].splitlines()
-            if line.startswith("CUDA_VISIBLE_DEVICES=")
-        ]
-        gpus = [int(gpu) for gpu in "".join(named).strip('"').split(",") if gpu.isdigit()]
     return {
         "runtime": "docker" if compose else "systemd",
         "runs": vllm_container.image_of(compose) if compose else content["release"],
         "port": json.loads(options["port"]) if "port" in options else None,
-        "gpus": gpus,
+        "gpus": vllm_shared_gpus.gpus_of(content),
         "gate": json.loads(content["gate.json"]),
     }
 
@@ -351,6 +362,13 @@ def look(module: AnsibleModule) -> dict[str, Any]:
         "clock": int(time.time()),
         "instances": instance_findings(module),
         "models": {instance["name"]: model_findings(instance) for instance in wanted},
+        "named": {
+            instance["name"]: vllm_named_files_host.findings(
+                instance, module.params["user"], Path(module.params["release"])
+            )
+            for instance in wanted
+        },
+        "files": vllm_named_files_host.arrived(file for instance in wanted for file in instance.get("files") or []),
         "release": release_findings(Path(module.params["release"]), served),
         "engine": engine.findings() if contained else {},
         "published": [{"port": port, "container": name} for port, name in published.items() if port in ports],
@@ -365,6 +383,7 @@ ARGUMENTS: dict[str, Any] = {
     "inputs": {"type": "dict", "default": {}},
     "container_unit": {"type": "path"},
     "accepted_keys": {"type": "path", "default": "/nonexistent", "no_log": False},
+    "user": {"type": "str", "default": "vllm"},
     "settings": {"type": "dict"},  # the action keeps it
 }
 

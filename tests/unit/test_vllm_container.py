@@ -133,7 +133,12 @@ def test_models_that_lie_elsewhere_are_seen_too() -> None:
             {"name": "c", "path": "/srv/models2/c"},
         ],
     }
-    assert vllm_container.weights(config, "/srv/models") == ["/srv/models", "/data/big", "/mnt/b", "/srv/models2/c"]
+    assert vllm_container.seen(wanted(), config, "/srv/models") == [
+        "/srv/models",
+        "/data/big",
+        "/mnt/b",
+        "/srv/models2/c",
+    ]
     seen = {entry["source"]: entry for entry in service(config=config)["volumes"]}
     assert seen["/mnt/b"]["read_only"] is True
 
@@ -325,7 +330,7 @@ class Module:
         self.state = state
         self.params = {
             "config_path": str(path / "etc"), "inputs": {}, "release": "/opt/r1", "keep": 2, "releases_path": str(path / "releases"), "wanted": [],
-            "container_unit": str(path / "container.service"), **parameters,
+            "container_unit": str(path / "container.service"), "files_path": None, "user": "root", **parameters,
         }  # fmt: skip
         self.check_mode = False
         self.commands: list[str] = []

@@ -14,7 +14,13 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_container, vllm_fit, vllm_keys
+from ansible_collections.gpufleet.llm.plugins.module_utils import (
+    generations_host,
+    vllm_container,
+    vllm_fit,
+    vllm_keys,
+    vllm_named_files_host,
+)
 from ansible_collections.gpufleet.llm.plugins.modules import (
     completion_gate,
     vllm_generation,
@@ -273,6 +279,8 @@ class FakeModule:
             "release": "/opt/r1",
             "keep": 2,
             "releases_path": None,
+            "files_path": None,
+            "user": "root",
             "generation": None,
             **parameters,
         }
@@ -381,10 +389,11 @@ def test_an_adapter_that_is_not_there_is_told(tmp_path: Path) -> None:
     adapted["config"]["lora-modules"] = [{"name": "poet", "path": str(tmp_path)}]
 
     def missing(instance: dict[str, Any]) -> list[str]:
-        return vllm_fit.missing_adapters([instance], {"chat": vllm_look.model_findings(instance)})
+        named = {"chat": vllm_named_files_host.findings(instance, "root", tmp_path)}
+        return vllm_fit.named_problems(named, [instance], {"models_path": str(tmp_path)}, store=True, host=True)
 
     assert missing(wanted(1)) == []
-    assert "the adapter 'poet' is not there" in missing(adapted)[0]
+    assert f"option 'lora-modules'[0].path: there is no {tmp_path}/adapter_config.json" in missing(adapted)[0]
     (tmp_path / "adapter_config.json").write_text("{}")
     assert missing(adapted) == []
 
@@ -496,6 +505,21 @@ def test_old_generations_go_but_never_the_last_good_ones(tmp_path: Path, runtime
     assert {4, 5} <= set(chat.numbers())
 
 
+def test_files_that_no_generation_names_are_removed(tmp_path: Path, runtime: Path) -> None:
+    """Those of a generation that one may go back to stay."""
+    files = tmp_path / "files"
+    for number in (1, 2, 3):
+        (files / f"h{number}").mkdir(parents=True)
+        (files / f"h{number}/t.jinja").touch()
+    for number in (1, 2):
+        named = wanted()
+        named["config"]["chat-template"] = str(files / f"h{number}/t.jinja")
+        vllm_generation.prepared(FakeModule(tmp_path / "etc", wanted=[named]))
+        chat = switch(tmp_path, runtime)
+    assert vllm_generation.confirmed(FakeModule(tmp_path / "etc", files_path=str(files)), [chat])
+    assert sorted(path.name for path in files.iterdir()) == ["h1", "h2"]
+
+
 def test_releases_that_no_generation_needs_are_removed(tmp_path: Path, runtime: Path) -> None:
     for name in ("r1", "r2"):
         (tmp_path / "releases" / name).mkdir(parents=True)
@@ -535,7 +559,8 @@ def test_what_the_facts_of_a_host_say_against_its_instances() -> None:
     facts = {"ports": ports, "gpus": [gpu], "gpu_error": "", "memory_bytes": 8 * vllm_fit.GB}
     assert vllm_fit.problems([instance("a"), instance("b", config={"port": 8001})], facts, "cpu") == [
         "vllm_instances (a): port 8000 is taken by python3; choose another or stop it",
-        "vllm_instances need about 12.6 GB of memory, but the host has 8.0 GB; run fewer instances or lower VLLM_CPU_KVCACHE_SPACE",
+        "vllm_instances need about 12.6 GB of memory, but the host has 8.0 GB; run fewer instances or lower VLLM_CPU_KVCACHE_SPACE"
+        " (an estimate: `vllm_fit: warn` goes on nevertheless)",
     ]
     told = " ".join(vllm_fit.problems([instance("b", config={"port": 8001}, gpus=[0, 7])], facts, "cuda"))
     for problem in (
@@ -548,8 +573,14 @@ def test_what_the_facts_of_a_host_say_against_its_instances() -> None:
     assert vllm_fit.problems([instance("b", gpus=[7])], {**facts, "ports": []}, "cuda", driver_due=True) == []
     assert "nvidia-smi is not there" in vllm_fit.problems([], {**facts, "gpus": []}, "cuda")[0]
     assert "nvidia-smi fails: no" in vllm_fit.problems([], {**facts, "gpus": [], "gpu_error": "no"}, "cuda")[0]
-    assert vllm_fit.weights_problems([instance("c", gpus=[0])], [gpu], {"c": 15.0}) == []
-    assert "the weights take 17.0 GB" in vllm_fit.weights_problems([instance("c", gpus=[0])], [gpu], {"c": 17.0})[0]
+    old = [instance("c", gpus=[0])]
+    assert len(vllm_fit.problems(old, {**facts, "ports": []}, "cuda")) == 3
+    for fit in ("warn", "off"):
+        told = " ".join(vllm_fit.problems(old, {**facts, "ports": []}, "cuda", fit=fit))
+        assert "MIG" in told and "driver" not in told, "what is known is refused, what is estimated is not"
+    other = {**gpu, "index": 3, "driver": "580.1", "compute_capability": 9.0, "mig": False}
+    facts = {**facts, "ports": [], "gpus": [gpu, other]}
+    assert vllm_fit.problems([instance("d", gpus=[3])], facts, "cuda") == [], "a GPU that nobody uses may be old"
 
 
 class Systemd(FakeModule):
@@ -595,7 +626,7 @@ def test_the_look_at_a_bare_host_finds_nothing_and_what_is_wanted(tmp_path: Path
     said = judge(found, chat, require_models=True, release_gb=10**9)
     assert (said["pending"], said["obsolete"], said["release_complete"]) == (["chat"], [], False)
     assert [problem.split(";")[0].split(" has ")[0] for problem in said["problems"]] == [
-        "vllm_instances (chat): the model 'qwen' is not in /nowhere (no /nowhere/qwen/config.json)",
+        "vllm_instances (chat): the model 'qwen' is not in /nowhere (no /nowhere/qwen/config.json, nor params.json)",
         str(tmp_path),
     ]
     assert judge(found, chat, require_models=True, check_mode=True)["problems"] == [], "the run would bring the model"

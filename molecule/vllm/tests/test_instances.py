@@ -45,7 +45,7 @@ def test_check_mode_shows_the_change_and_makes_none(host: Host) -> None:
         ({"options": {"max-model-length": 5}}, "did you mean 'max-model-len'?"),
         (
             {"options": {"enable-lora": True, "lora-modules": ["x=adapter"]}},
-            "adapter 'adapter' is not in model_store_models",
+            "option 'lora-modules'[0].path 'adapter' is not in model_store_models",
         ),
         ({"model": "not-there"}, "model 'not-there' is not in model_store_models"),
         ({"prot": 1}, "prot"),

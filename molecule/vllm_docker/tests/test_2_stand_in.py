@@ -24,6 +24,7 @@ from tests.served import KEY, MODEL
 
 SMALL: dict[str, Any] = {"name": "small", "model": MODEL, "port": 8010, "environment": {"VLLM_CPU_KVCACHE_SPACE": 1}}
 UNIT = "vllm@small"
+FILES = [{"name": "tools.jinja", "content": "tools"}]
 # For the runtime without containers; molecule/shared/prepare_stand_in.yml brings its wheel to the host.
 LOCK = str(ROOT / ".cache/stand-in/vllm.txt")
 VARIABLES = yaml.safe_load((ROOT / f"molecule/shared/inventory/group_vars/{ROLE}.yml").read_text())
@@ -241,6 +242,24 @@ def test_images_that_no_generation_needs_are_gone_and_the_one_before_is_there(
 # --- one instance, and how it is run
 
 
+def test_files_that_options_name_are_seen_inside(host: Host, images: dict[str, str], instances: Instances) -> None:
+    """The stand-in does not start without its template."""
+    host.check_output("printf '{}' >/opt/log.json && chmod 0644 /opt/log.json")
+    named = {"options": {"chat-template": "tools.jinja", "log-config-file": "/opt/log.json"}}
+    run(host, images["good"], instance=named, vllm_files=FILES)
+    template = instances.sh("sed -n 's/^chat-template: //p' /etc/vllm/small/current/config.yaml").strip('"')
+    assert instances.inside("small", f"cat {template}") == "tools"
+    assert instances.inside("small", "cat /opt/log.json") == "{}"
+    assert not changed(run(host, images["good"], instance=named, vllm_files=FILES))
+    host.check_output("chmod 0600 /opt/log.json")
+    before = instances.pid("small")
+    told = fails(host, images["good"], instance=named, vllm_files=FILES)
+    assert "option 'log-config-file': vLLM's user cannot read /opt/log.json" in told
+    assert instances.pid("small") == before
+    host.check_output("rm /opt/log.json")
+    run(host, images["good"])
+
+
 def test_an_instance_changes_its_runtime_under_requests_and_back(
     host: Host, instances: Instances, images: dict[str, str]
 ) -> None:
@@ -291,7 +310,8 @@ def test_what_is_exported_runs_by_compose_alone(
         "vllm_group": ROLE,
         "compose_path": str(tmp_path),
         "vllm_image": images["good"],
-        "vllm_instances": [SMALL],
+        "vllm_instances": [{**SMALL, "options": {"chat-template": "tools.jinja"}}],
+        "vllm_files": FILES,
     }
     done = playbook(
         "playbooks/compose.yml", f"--inventory={ROOT}/molecule/shared/inventory/", f"--limit={host_name(host)}",
@@ -303,6 +323,7 @@ def test_what_is_exported_runs_by_compose_alone(
         "compose.yaml",
         "config.yaml",
         "environment",
+        "files",
         "lib",
         "serve",
     ]
@@ -531,23 +552,27 @@ def test_the_environment_arrives_as_it_was_written(host: Host, instances: Instan
     assert "hunter2" not in json.dumps(instances.inspected("small"))
 
 
-def test_gpus_come_by_their_specification(host: Host, instances: Instances, images: dict[str, str]) -> None:
-    """A specification that names an environment variable in the place of devices, which a container in a container cannot be given.
+GPUS = {"vllm_device": "cuda", "vllm_version": "0.33.0", "vllm_packages": []}
+DEVICES = [{"name": str(n), "containerEdits": {"env": [f"PLAYED_GPU_{n}=here"]}} for n in range(2)]
+SPECIFICATION = json.dumps({"cdiVersion": "0.6.0", "kind": "nvidia.com/gpu", "devices": DEVICES})
 
-    `nvidia-smi` is played as well: it says that there are two GPUs, and that what runs has left no memory for a proof beside it.
-    """
-    host.check_output("mkdir -p /etc/cdi")
-    devices = [{"name": str(n), "containerEdits": {"env": [f"PLAYED_GPU_{n}=here"]}} for n in range(2)]
-    spec = {"cdiVersion": "0.6.0", "kind": "nvidia.com/gpu", "devices": devices}
+
+def play_gpus(host: Host) -> None:
+    """A `nvidia-smi` that says that there are two GPUs, and that what runs has left no memory for a proof beside it."""
     smi = (ROOT / "tests/unit/recordings/nvidia/a100/nvidia-smi.csv").read_text()
-    gpus = {"vllm_device": "cuda", "vllm_version": "0.33.0", "vllm_packages": []}
     full = "\n".join(f"{number}, 900, 81920" for number in range(2))
     played = f"#!/bin/sh\ncase $* in\n*memory.free*) echo '{full}' ;;\n*) echo '{smi.strip()}' ;;\nesac\n"
-    host.check_output("printf %s >/usr/bin/nvidia-smi && chmod 0755 /usr/bin/nvidia-smi", played)
+    host.check_output("mkdir -p /etc/cdi; printf %s >/usr/bin/nvidia-smi && chmod 0755 /usr/bin/nvidia-smi", played)
+
+
+def test_gpus_come_by_their_specification(host: Host, instances: Instances, images: dict[str, str]) -> None:
+    """A specification that names an environment variable in the place of devices, which a container in a container cannot be given."""
+    gpus = GPUS
+    play_gpus(host)
     try:
         told = fails(host, images["good"], instance={"gpus": [1]}, **gpus)
         assert "says what nvidia.com/gpu is" in told
-        host.check_output("printf %s >/etc/cdi/nvidia.json", json.dumps(spec))
+        host.check_output("printf %s >/etc/cdi/nvidia.json", SPECIFICATION)
         told = fails(host, images["broken"], instance={"gpus": [1]}, **gpus)
         assert "The instance was stopped first: its GPUs had no memory left for both" in told
         assert "RuntimeError: this image is broken" in told
@@ -560,6 +585,42 @@ def test_gpus_come_by_their_specification(host: Host, instances: Instances, imag
         assert "PLAYED_GPU_1=here" in environment
         assert "NVIDIA_VISIBLE_DEVICES=void" in environment
         assert not [line for line in environment if line.startswith(("PLAYED_GPU_0", "CUDA_VISIBLE_DEVICES"))]
+    finally:
+        host.check_output("rm -rf /usr/bin/nvidia-smi /etc/cdi/nvidia.json")
+    run(host, images["good"])
+
+
+def test_engines_on_one_gpu_start_one_after_the_other(host: Host, instances: Instances, images: dict[str, str]) -> None:
+    """When both change, and when systemd starts both at once, as at a boot."""
+    pair = [
+        {
+            **SMALL, "name": name, "port": port, "gpus": [1], "options": {"gpu-memory-utilization": 0.4},
+            "environment": {"STAND_IN": json.dumps({"start_seconds": 4})},
+        }
+        for name, port in (("small", 8010), ("twin", 8011))
+    ]  # fmt: skip
+
+    def one_after_the_other() -> bool:
+        """Whether the container of one was started after the other one was up."""
+        times = []
+        for name in ("small", "twin"):
+            until(lambda name=name: instances.ask(8010 + (name == "twin"))[0] == 200, 60, f"{name} does not answer")  # type: ignore[misc]
+            began = instances.sh("date +%%s.%%N --date %s", instances.inspected(name)["State"]["StartedAt"])
+            line = instances.sh(
+                f"journalctl --unit vllm@{name} --output short-unix --grep 'startup complete' --lines 1"
+            )
+            times.append((float(began), float(line.split()[0])))
+        (_first, up), (second, _up) = sorted(times)
+        return second > up
+
+    play_gpus(host)
+    try:
+        host.check_output("printf %s >/etc/cdi/nvidia.json", SPECIFICATION)
+        shared = {"vllm_allow_shared_gpus": True, "vllm_start_proof": "off", **GPUS}
+        applied(host, ROLE, vllm_image=images["good"], vllm_instances=pair, **shared)
+        assert one_after_the_other()
+        host.check_output("systemctl stop vllm@small vllm@twin && systemctl start vllm@small vllm@twin")
+        assert one_after_the_other()
     finally:
         host.check_output("rm -rf /usr/bin/nvidia-smi /etc/cdi/nvidia.json")
     run(host, images["good"])

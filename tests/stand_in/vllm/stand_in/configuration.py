@@ -45,6 +45,20 @@ def read(parser: argparse.ArgumentParser, arguments: list[str]) -> dict[str, Any
     return {name.replace("_", "-"): value for name, value in told.items() if value is not None}
 
 
+def judge_template(template: str | None) -> None:
+    """Read a chat template as vLLM does: what has none of these characters is the name of a file (vllm/renderers/chat_utils/chat_template.py)."""
+    if not template or any(character in template for character in "{}\n"):
+        return
+    if not Path(template).exists():
+        raise ConfigurationError(
+            f"The supplied chat template string ({template}) appears path-like, but doesn't exist! Tried: {template}"
+        )
+    try:
+        Path(template).read_text()
+    except OSError as error:
+        raise ConfigurationError(f"The supplied chat template ({template}) cannot be opened: {error}") from error
+
+
 @dataclass(frozen=True)
 class Served:
     """What a server is, once its configuration was read."""
@@ -65,6 +79,7 @@ class Served:
         model = options.get("model") or options.get("model-tag")
         if not model:
             raise ConfigurationError("no model is named")
+        judge_template(options.get("chat-template"))
         file = Path(model) / "config.json"
         if not file.is_file():
             raise ConfigurationError(f"Invalid repository ID or local directory specified: '{model}'.")
