@@ -75,6 +75,11 @@ def test_a_port_that_something_else_holds_is_refused(host: Host) -> None:
         ({"vllm_version": "0.26.0"}, "CVE-2026-114053"),
         ({"vllm_device": "cuda", "vllm_instances": [{**CHAT, "gpus": [0], "cpus": []}]}, "nvidia-smi is not there"),
         ({"vllm_internal_key": "short"}, "openssl rand -hex 32"),
+        (
+            {"vllm_lock_file": "/nowhere.txt", "vllm_extras": ["otel", "audio"]},
+            "`make lock VLLM_VERSION=0.32.0 DEVICE=cpu EXTRAS=audio,otel`",
+        ),
+        ({"vllm_verify_timeout": 0}, "vllm_verify_timeout is 0; it must be at least 1 second"),
     ],
 )
 def test_what_cannot_work_here_is_refused(host: Host, variables: dict[str, Any], expected: str) -> None:
