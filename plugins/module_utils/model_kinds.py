@@ -9,15 +9,12 @@ routers of vLLM 0.26, 0.32 and 0.33 (entrypoints/launchers/api_server/routers.py
 
 from __future__ import annotations
 
-import array
-import io
 import json
-import math
-import secrets
-import wave
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from ansible_collections.gpufleet.llm.plugins.module_utils.sound_form import form, half_a_second
 
 GREETING = "Hi"
 
@@ -140,7 +137,8 @@ SECONDS = ("usage.seconds",)
 ONE_TOKEN = {"max_tokens": 1, "temperature": 0}
 SAID = {"messages": [{"role": "user", "content": GREETING}]}
 PAIR = {"query": GREETING, "documents": [GREETING]}
-HEARD = {"response_format": "json", "temperature": 0}
+# With its language: to find that out is another question, which not every model understands.
+HEARD = {"language": "en", "response_format": "json", "temperature": 0}
 
 # In this order: a model that is of several kinds is the first of them. One that embeds can also compare two texts, one that ranks can also classify.
 KINDS: tuple[Kind, ...] = (
@@ -280,27 +278,3 @@ def work(metrics: str) -> Work:
         if name in found and not any(reason in line for reason in UNANSWERED):
             found[name] += float(line.rsplit(" ", 1)[1])
     return Work(tuple(found[name] for name in DONE), sum(found[name] for name in LOAD))
-
-
-def half_a_second() -> bytes:
-    """A sound: half a second of a quiet tone, as a WAV file of 16 kHz."""
-    rate = 16000
-    tone = array.array("h", (round(1000 * math.sin(2 * math.pi * 440 * n / rate)) for n in range(rate // 2)))
-    data = io.BytesIO()
-    with wave.open(data, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes(tone.tobytes())
-    return data.getvalue()
-
-
-def form(fields: Mapping[str, Any], sound: bytes) -> tuple[bytes, str]:
-    """A form (multipart/form-data) with a sound as its file, and its content type."""
-    boundary = secrets.token_hex(16)
-    head = f"--{boundary}\r\nContent-Disposition: form-data; name="
-    parts = [f'{head}"{name}"\r\n\r\n{value}\r\n'.encode() for name, value in fields.items()]
-    file = f'{head}"file"; filename="half_a_second.wav"\r\nContent-Type: audio/wav\r\n\r\n'.encode()
-    return b"".join(
-        [*parts, file, sound, f"\r\n--{boundary}--\r\n".encode()]
-    ), f"multipart/form-data; boundary={boundary}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.gpufleet.llm.plugins.module_utils import model_kinds
+from ansible_collections.gpufleet.llm.plugins.module_utils import sound_form
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_kinds_host import Asked, Instance
 
 from tests import tiny_models
@@ -150,7 +150,7 @@ def test_it_serves_every_kind_of_model_as_vllm_does(site: Path, home: Path, kind
 def test_it_hears_no_sound_where_there_is_none(site: Path, home: Path) -> None:
     server = up(site, home, **{"model": str(tiny_models.write(home, "transcribe")), "max-model-len": "auto"})
     refused = Instance(f"http://127.0.0.1:{server.port}", server.model, KEY).request(
-        "/v1/audio/transcriptions", 20, *model_kinds.form({"model": server.model}, b"no sound")
+        "/v1/audio/transcriptions", 20, *sound_form.form({"model": server.model}, b"no sound")
     )
     assert refused[0] == 400
     assert b"Invalid or unsupported audio file." in refused[1]
