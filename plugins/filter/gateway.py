@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
-from ansible_collections.gpufleet.llm.plugins.module_utils import fleet
+from ansible_collections.gpufleet.llm.plugins.module_utils import fleet, model_kinds
 from ansible_collections.gpufleet.llm.plugins.module_utils.inputs import as_int
 
 CLIENT_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -100,6 +100,33 @@ def gateway_route_problems(
     return problems
 
 
+def gateway_path_methods(paths: Sequence[str]) -> dict[str, str]:
+    """The method of each path that is let through."""
+    return {path: model_kinds.methods().get(path, "POST") for path in paths}  # the argument spec tells what is none
+
+
+def gateway_path_problems(
+    hostvars: fleet.HostVars, routes: Sequence[Mapping[str, Any]], hosts: Sequence[str], paths: Sequence[str]
+) -> list[str]:
+    """Routes to instances none of whose paths are let through, as far as their options say what they are for."""
+    problems = []
+    wanted = {fleet.Route.of(route).instance for route in routes}
+    for host, entry in fleet.entries(hostvars, hosts):
+        options = entry.get("options")
+        kinds = model_kinds.wanted_kinds(options if isinstance(options, Mapping) else {})
+        right = [path.path for kind in kinds for path in kind.paths]
+        if entry.get("name") in wanted and not set(paths) & set(right):
+            told = ", ".join(
+                f"{name}: {options[name]}" for name in ("runner", "convert") if options and name in options
+            )
+            problems.append(
+                f"gateway_paths has none of the paths of the instance {entry['name']} of {host}"
+                + (f", whose options say {told}" if told else "")
+                + f"; add some of {', '.join(right)}"
+            )
+    return problems
+
+
 def gateway_outside_problems(
     hostvars: fleet.HostVars, outside: Sequence[str], hosts: Sequence[str], gateways: Sequence[str], group: str
 ) -> list[str]:
@@ -129,6 +156,8 @@ class FilterModule:
                 gateway_concurrency_groups,
                 gateway_client_problems,
                 gateway_route_problems,
+                gateway_path_methods,
+                gateway_path_problems,
                 gateway_outside_problems,
             )
         }

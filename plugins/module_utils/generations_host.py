@@ -290,6 +290,11 @@ def wanted_content(wanted: dict[str, Any], inputs: Mapping[str, str], release: s
     return {**content, COMPOSE: json.dumps(file, indent=2) + "\n"}
 
 
+def gate_of(text: str) -> dict[str, Any]:
+    """How to ask a generation, from its gate.json: without what a former version of this collection wrote there and nobody reads any more."""
+    return {key: value for key, value in json.loads(text).items() if key in ("name", "unit", "url", "model")}
+
+
 def pending(instance: Deployed, content: dict[str, str]) -> bool:
     """Whether the instance is to be changed: nobody holds it, and it does not run a confirmed generation with this content, under a unit of its
     runtime.
@@ -300,8 +305,10 @@ def pending(instance: Deployed, content: dict[str, str]) -> bool:
 def differs(instance: Deployed, content: dict[str, str], running: int | None) -> bool:
     """Whether the instance, of which generation `running` runs, does not run a confirmed one with this content, under a unit of its runtime."""
     current = instance.current()
+    # How it is asked follows from the rest, and is no reason for a restart.
+    known = {**instance.content(current), "gate.json": content["gate.json"]}
     return (
-        instance.content(current) != content
+        known != content
         or current not in instance.confirmed()
         or running != current
         or (UNITS / instance.unit).exists() != (COMPOSE in content)

@@ -134,7 +134,6 @@ def gate(wanted: Mapping[str, Any], port: int) -> dict[str, Any]:
         "unit": f"vllm@{name}.service",
         "url": f"http://127.0.0.1:{port}",
         "model": MODEL,
-        "api": "completions",
     }
 
 

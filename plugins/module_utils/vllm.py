@@ -335,7 +335,6 @@ def wanted(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
         # the engine dies of it where no C++ compiler is (seen with 0.32.0).
         environment.setdefault("TORCHDYNAMO_DISABLE", "1")
     host = f"[{address}]" if ":" in address else address
-    pooling = options.get("runner") == "pooling" or options.get("convert") == "embed"
     found = {
         "name": name,
         "gpus": instance.get("gpus") or [],
@@ -348,7 +347,6 @@ def wanted(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
             "unit": f"vllm@{name}.service",
             "url": f"http://{host}:{instance['port']}",
             "model": served[0],
-            "api": "embeddings" if pooling else "completions",
         },
     }
     if runtime == "docker":

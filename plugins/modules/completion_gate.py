@@ -7,10 +7,14 @@ DOCUMENTATION = r"""
 module: completion_gate
 version_added: 0.1.0
 author: The vLLM Fleet authors (@gpufleet)
-short_description: Waits until vLLM instances have answered a one-token completion
+short_description: Waits until vLLM instances have answered
 description:
   - Asks every instance at the same time, with its real model name, until it answers or the deadline is over.
-  - Gives up at once on an instance whose unit failed or was restarted by systemd meanwhile.
+  - What it is asked for is the smallest request of its kind. A model that generates completes one token, others embed, rerank, classify or transcribe.
+    Of which kind it is says the instance itself; vLLM has the paths of what its model can do and no others.
+  - Gives up at once on an instance whose unit failed or was restarted by systemd meanwhile, and on one that has no path of any kind.
+  - An instance that does not answer in time because it is busy with the requests of others passes when its C(/metrics) show that it gets on with
+    them.
   - C(/health) is not asked. It says 200 while the engine hangs (vLLM issue 36451).
   - An instance that answers somebody without its key does not pass.
 options:
@@ -32,14 +36,6 @@ options:
         description: Name of the model that is asked for.
         type: str
         required: true
-      api:
-        description:
-          - What to ask first. A model that generates answers V(completions), one that embeds V(embeddings), and any other that pools
-            V(pooling).
-          - When the instance has no such path, the next of them is asked; many models tell vLLM by themselves what they are for.
-        type: str
-        choices: [completions, embeddings, pooling]
-        default: completions
       unit:
         description: The systemd unit, watched while waiting. Its journal is part of a failure.
         type: str
@@ -74,7 +70,9 @@ EXAMPLES = r"""
 
 RETURN = r"""
 passed:
-  description: Instances that answered, with C(name) and C(seconds).
+  description:
+    - Instances that answered, with C(name), C(seconds) and C(kind), one of V(generate), V(transcribe), V(embed), V(rerank), V(classify) and V(pool).
+    - C(busy) is true for those that were busy with others.
   returned: always
   type: list
   elements: dict
@@ -85,26 +83,17 @@ failed_instances:
   elements: dict
 """
 
-import http.client
-import json
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.gpufleet.llm.plugins.module_utils.model_kinds_host import Instance, hint
 
-# What may be asked, in this order: path and body. vLLM has the paths of what its model can do and no others.
-REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "completions": ("/v1/completions", {"prompt": "Hi", "max_tokens": 1, "temperature": 0}),
-    "embeddings": ("/v1/embeddings", {"input": "Hi"}),
-    "pooling": ("/pooling", {"input": "Hi"}),
-}
-# How vLLM answers for a path that it does not have; when it does not know the model, 404 comes with an `error`.
-NO_SUCH_PATH = '{"detail":"Not Found"}'
-NO_PATH = "it answers neither completions nor embeddings nor pooling"
 PAUSE_SECONDS = 1.0
+# A busy engine takes a step at least that often.
+STEP_SECONDS = 15.0
 # A line that says why, not one that says where in the code.
 TELLING = re.compile(
     r"\b(\w*Error|\w*Exception|error|Failed|failed|fatal|Traceback|out of memory|No space left"
@@ -114,55 +103,6 @@ PREFIX = re.compile(r"^(\([\w-]+ pid=\d+\)\s*)?((ERROR|INFO|WARNING) [\d-]+ [\d:
 NOISE = re.compile(
     r"Failed to attach \d+ to compat systemd cgroup|^\s*(File \"|raise |return |await |\^+\s*$|~+)|Traceback \(most recent call last\)"
 )
-
-
-def ask(instance: dict[str, Any], key: str, timeout: float) -> str:
-    """Ask once, by each of the paths until the instance has one. Returns nothing when the answer is good, else what was wrong."""
-    names = list(REQUESTS)
-    reason = ""
-    for api in names[names.index(instance.get("api") or names[0]) :]:
-        reason = ask_by(api, instance, key, timeout)
-        if reason != NO_PATH:
-            break
-    return reason
-
-
-def ask_by(api: str, instance: dict[str, Any], key: str, timeout: float) -> str:
-    """Ask by one path. Returns nothing when the answer is good, else what was wrong."""
-    path, request = REQUESTS[api]
-    address = urlsplit(instance["url"])
-    # A connection of its own, never through a proxy: the instance is on this host.
-    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=timeout)
-    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-    try:
-        connection.request("POST", path, json.dumps({"model": instance["model"], **request}), headers)
-        response = connection.getresponse()
-        body = response.read().decode(errors="replace")
-        if response.status == http.client.NOT_FOUND and body.strip() == NO_SUCH_PATH:
-            return NO_PATH
-        if response.status != http.client.OK:
-            return f"HTTP {response.status}: {body[:300]}"
-        answer = json.loads(body)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        return f"no answer ({error or type(error).__name__})"
-    finally:
-        connection.close()
-    if answer.get("choices") or answer.get("data"):
-        return ""
-    return f"an answer without content: {json.dumps(answer)[:300]}"
-
-
-def answers_anybody(instance: dict[str, Any], timeout: float) -> bool:
-    """Whether it answers somebody who shows no key."""
-    address = urlsplit(instance["url"])
-    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=timeout)
-    try:
-        connection.request("GET", "/v1/models")
-        return connection.getresponse().status == http.client.OK
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 def telling_lines(journal: str, limit: int = 12) -> list[str]:
@@ -207,8 +147,8 @@ class Gate:
         """Ask one instance until it answers, its unit dies, or the deadline is over."""
         begun, since = time.monotonic(), time.time()
         unit = instance.get("unit")
+        asker = Instance(instance["url"], instance["model"], self.module.params["api_key"])
         restarts = ""
-        reason = "it was never asked"
         while True:
             if unit and not restarts:
                 state = self.unit_state(unit)
@@ -220,14 +160,15 @@ class Gate:
                 restarts = state.get("NRestarts", "0")
                 since = time.time()  # what the process before it said does not matter any more
             left = self.deadline - time.monotonic()
-            reason = ask(
-                instance, self.module.params["api_key"], max(1.0, min(left, self.module.params["request_timeout"]))
-            )
-            if not reason and answers_anybody(instance, max(1.0, left)):
+            asked = asker.ask(max(1.0, min(left, self.module.params["request_timeout"])))
+            busy = asked.waiting and asker.works(STEP_SECONDS)
+            if not asked.reason and asker.answers_anybody(max(1.0, left)):
                 reason = "it answers without the internal key"
                 break
-            if not reason:
-                return {"name": instance["name"], "seconds": round(time.monotonic() - begun, 1)}
+            if busy or not asked.reason:
+                passed = {"name": instance["name"], "seconds": round(time.monotonic() - begun, 1), "kind": asked.kind}
+                return {**passed, "busy": True} if busy else passed
+            reason = asked.reason
             if unit:
                 state = self.unit_state(unit)
                 if not is_open(state) and (
@@ -238,11 +179,14 @@ class Gate:
                     again = result == "success" and state.get("NRestarts", "0") != restarts
                     reason = f"{unit} died ({'systemd has started it again' if again else result})"
                     break
+            if asked.hopeless:
+                break
             if time.monotonic() + PAUSE_SECONDS >= self.deadline:
-                reason = f"no completion after {self.module.params['timeout']} s: {reason}"
+                reason = f"no answer after {self.module.params['timeout']} s: {reason}"
                 break
             time.sleep(PAUSE_SECONDS)
-        return {"name": instance["name"], "reason": reason, "journal": self.journal(unit, since) if unit else []}
+        journal = self.journal(unit, since) if unit else []
+        return {"name": instance["name"], "reason": reason + hint("\n".join(journal)), "journal": journal}
 
 
 ARGUMENTS: dict[str, Any] = {
@@ -254,7 +198,6 @@ ARGUMENTS: dict[str, Any] = {
             "name": {"type": "str", "required": True},
             "url": {"type": "str", "required": True},
             "model": {"type": "str", "required": True},
-            "api": {"type": "str", "choices": list(REQUESTS), "default": "completions"},
             "unit": {"type": "str"},
         },
     },

@@ -46,13 +46,13 @@ options:
     type: list
     elements: str
     default: [/metrics, /invocations]
-  completion_path:
+  paths:
     description:
-      - Where completions are asked for. V(/v1/completions) is answered by every model that generates,
-        V(/v1/chat/completions) only by those with a chat template. V(none) asks for none.
-    type: str
-    choices: [/v1/completions, /v1/chat/completions, none]
-    default: /v1/completions
+      - Paths that the gateway lets through. What a model is for says it itself; it is asked by the first of these paths that it answers, for a completion,
+        a transcription, an embedding, a rank, a class or a pooled output. A model that completes is asked for a stream, too.
+      - Without any that can be asked, models are only listed. What is left out are those that gateways let through unless they are told otherwise.
+    type: list
+    elements: str
   minimum_days:
     description: The certificate has to be valid for at least this many days more.
     type: int
@@ -104,18 +104,16 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.gpufleet.llm.plugins.module_utils import model_kinds
 
-COMPLETIONS, CHAT, NONE = "/v1/completions", "/v1/chat/completions", "none"
-EMBEDDINGS = "/v1/embeddings"
-# What vLLM says when the model does not generate: it has the paths of what its model can do and no others.
-NO_SUCH_PATH = {"detail": "Not Found"}
-DOES_NOT_GENERATE = "the model completes nothing"
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT = "Count to twenty: one, two,"
 STREAM_TOKENS = 8
 # A streamed answer takes time between its first and its last piece: 8 tokens take more than this on any hardware. One
@@ -125,6 +123,10 @@ STREAM_SPREAD = 0.005
 
 class CheckError(Exception):
     """The endpoint answered, and the answer is not the right one."""
+
+
+class NotServedError(Exception):
+    """The model is not of the kind that it was asked as."""
 
 
 @dataclass(frozen=True)
@@ -196,27 +198,25 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {key}"
         return headers
 
-    def ask(self, method: str, path: str, body: object = None, key: str | None = None) -> Answer:
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, key: str | None = None, kind: str = "application/json"
+    ) -> Answer:
         """Send one request and read the whole answer."""
         connection = self.open()
         try:
-            headers = self.headers(key)
-            data = None
-            if body is not None:
-                data = json.dumps(body).encode()
-                headers["Content-Type"] = "application/json"
-            connection.request(method, path, data, headers)
+            headers = self.headers(key) | ({} if body is None else {"Content-Type": kind})
+            connection.request(method, path, body, headers)
             response = connection.getresponse()
             return Answer(response.status, response.read())
         finally:
             connection.close()
 
-    def events(self, path: str, body: object) -> Iterator[tuple[float, str]]:
+    def events(self, path: str, body: bytes) -> Iterator[tuple[float, str]]:
         """Send one request and yield the data of each server-sent event with the time at which it came."""
         connection = self.open()
         try:
             headers = {**self.headers(self.key), "Content-Type": "application/json", "Accept": "text/event-stream"}
-            connection.request("POST", path, json.dumps(body).encode(), headers)
+            connection.request("POST", path, body, headers)
             response = connection.getresponse()
             if response.status != 200:
                 raise CheckError(f"{response.status}: {Answer(response.status, response.read()).text()}")
@@ -268,53 +268,37 @@ def check_models(endpoint: Endpoint, models: list[str]) -> str:
     return ", ".join(listed)
 
 
-def prompt(path: str, model: str, tokens: int) -> dict[str, Any]:
-    """The body of a request."""
-    body: dict[str, Any] = {"model": model, "max_tokens": tokens, "temperature": 0}
-    if path == CHAT:
-        body["messages"] = [{"role": "user", "content": PROMPT}]
-    else:
-        body["prompt"] = PROMPT
-    return body
+def prompt(path: model_kinds.Path) -> dict[str, Any]:
+    """What a completion or a chat is asked for here, instead of the one token that the table says."""
+    text = {"messages": [{"role": "user", "content": PROMPT}]} if path.path == CHAT else {"prompt": PROMPT}
+    return {**text, "max_tokens": STREAM_TOKENS}
 
 
-def check_completion(endpoint: Endpoint, path: str, model: str) -> str:
-    """The model completes a prompt."""
+def check_answer(endpoint: Endpoint, kind: model_kinds.Kind, path: model_kinds.Path, model: str) -> str:
+    """The model answers a question of its kind. Raises NotServedError when it is not of that kind."""
     began = time.monotonic()
-    answer = endpoint.ask("POST", path, prompt(path, model, 8), endpoint.key)
-    if answer.status == 404 and answer.json() == NO_SUCH_PATH:
-        raise CheckError(DOES_NOT_GENERATE)
+    more = prompt(path) if kind.streams else {}
+    body, content_type = path.body(model, **more)
+    answer = endpoint.ask("POST", path.path, body, endpoint.key, content_type)
+    if model_kinds.lacks(answer.status, answer.body):
+        raise NotServedError
     if answer.status != 200:
-        raise CheckError(f"{answer.status}: {answer.text()}")
+        raise CheckError(f"{path.path}: {answer.status}: {answer.text()}")
     try:
-        choice = answer.json()["choices"][0]
-        text = str(choice["message"]["content"] if path == CHAT else choice["text"])
-    except (KeyError, IndexError, TypeError):
-        raise CheckError(f"not a completion: {answer.text()}") from None
-    return f"{' '.join(text.split())[:40]!r} in {time.monotonic() - began:.2f} s"
+        content = path.content(answer.json())
+    except model_kinds.AnswerError as error:
+        raise CheckError(f"{path.path}: no {kind.noun} ({error}): {answer.text()}") from None
+    return f"{content} in {time.monotonic() - began:.2f} s"
 
 
-def check_embedding(endpoint: Endpoint, model: str) -> str:
-    """The model returns a vector."""
-    began = time.monotonic()
-    answer = endpoint.ask("POST", EMBEDDINGS, {"model": model, "input": PROMPT}, endpoint.key)
-    if answer.status != 200:
-        raise CheckError(f"{answer.status}: {answer.text()}")
-    try:
-        vector = [float(value) for value in answer.json()["data"][0]["embedding"]]
-    except (KeyError, IndexError, TypeError, ValueError):
-        raise CheckError(f"not an embedding: {answer.text()}") from None
-    return f"{len(vector)} numbers in {time.monotonic() - began:.2f} s"
-
-
-def check_streaming(endpoint: Endpoint, path: str, model: str) -> str:
+def check_streaming(endpoint: Endpoint, path: model_kinds.Path, model: str) -> str:
     """The answer comes in pieces, while it is made."""
     began = time.monotonic()
     times: list[float] = []
     done = False
     # ignore_eos is vLLM's own: the answer is as long as asked for, whatever the model wants to say.
-    body = {**prompt(path, model, STREAM_TOKENS), "ignore_eos": True, "stream": True}
-    for moment, data in endpoint.events(path, body):
+    body, _type = path.body(model, **prompt(path), ignore_eos=True, stream=True)
+    for moment, data in endpoint.events(path.path, body):
         if data == "[DONE]":
             done = True
             break
@@ -332,7 +316,7 @@ def check_streaming(endpoint: Endpoint, path: str, model: str) -> str:
 
 def check_forbidden(endpoint: Endpoint, path: str) -> str:
     """The path does not exist for a client, whatever the verb."""
-    for method, body in (("GET", None), ("POST", {})):
+    for method, body in (("GET", None), ("POST", b"{}")):
         answer = endpoint.ask(method, path, body, endpoint.key)
         if answer.status != 404:
             raise CheckError(f"{method} is answered by {answer.status} instead of 404")
@@ -348,20 +332,35 @@ def row(check: str, function: Callable[[], str]) -> dict[str, str]:
     except ssl.SSLCertVerificationError as error:
         detail = f"the certificate does not verify: {error.verify_message}"
     except TimeoutError:
-        detail = "no answer in time"
+        detail = "no answer in time: it is busy, or it hangs"
     except (OSError, http.client.HTTPException) as error:
         detail = f"{type(error).__name__}: {error}"
     return {"check": check, "result": "FAILED", "detail": detail}
 
 
-def model_rows(endpoint: Endpoint, path: str, model: str) -> list[dict[str, str]]:
-    """Ask one model for a completion and for a stream, both at the same time: it is the model that takes its time."""
-    with ThreadPoolExecutor(2) as pool:
-        streaming = pool.submit(row, f"streaming {model}", partial(check_streaming, endpoint, path, model))
-        completion = row(f"completion {model}", partial(check_completion, endpoint, path, model))
-    if completion["detail"] == DOES_NOT_GENERATE:
-        return [row(f"embedding {model}", partial(check_embedding, endpoint, model))]
-    return [completion, streaming.result()]
+def model_rows(endpoint: Endpoint, paths: list[str] | None, model: str) -> list[dict[str, str]]:
+    """Ask one model by the first kind that it is of."""
+    asked = model_kinds.askable(model_kinds.open_paths() if paths is None else paths)
+    for kind, path in asked:
+        with suppress(NotServedError):
+            return kind_rows(endpoint, kind, path, model)
+    if not asked:
+        return []
+    kinds = "; ".join(f"{kind.noun} {' '.join(path.path for path in kind.paths)}" for kind in model_kinds.KINDS)
+    detail = f"it answers none of {', '.join(path.path for _kind, path in asked)}; gateway_paths has to name those of what it is for: {kinds}"
+    return [{"check": f"model {model}", "result": "FAILED", "detail": detail}]
+
+
+def kind_rows(endpoint: Endpoint, kind: model_kinds.Kind, path: model_kinds.Path, model: str) -> list[dict[str, str]]:
+    """Ask a model for an answer, and for a stream at the same time where there is one: it is the model that takes its time."""
+    with ThreadPoolExecutor(1) as pool:
+        streaming = (
+            pool.submit(row, f"streaming {model}", partial(check_streaming, endpoint, path, model))
+            if kind.streams
+            else None
+        )
+        rows = [row(f"{kind.noun} {model}", partial(check_answer, endpoint, kind, path, model))]
+    return rows + ([streaming.result()] if streaming else [])
 
 
 def verify(
@@ -369,7 +368,7 @@ def verify(
     models: list[str],
     forbidden_paths: list[str],
     minimum_days: int,
-    completion_path: str = COMPLETIONS,
+    paths: list[str] | None = None,
 ) -> list[dict[str, str]]:
     """Make all checks. When there is no trusted connection, the rest would only say the same again."""
     rows = [row("certificate", partial(check_certificate, endpoint, minimum_days))]
@@ -377,8 +376,8 @@ def verify(
         return rows
     rows.append(row("key needed", partial(check_refusal, endpoint)))
     rows.append(row("models", partial(check_models, endpoint, models)))
-    for model in models if completion_path != NONE else []:
-        rows += model_rows(endpoint, completion_path, model)
+    for model in models:
+        rows += model_rows(endpoint, paths, model)
     for path in forbidden_paths:
         rows.append(row(f"closed {path}", partial(check_forbidden, endpoint, path)))
     return rows
@@ -392,7 +391,7 @@ ARGUMENTS: dict[str, Any] = {
     "api_key": {"type": "str", "required": True, "no_log": True},
     "models": {"type": "list", "elements": "str", "required": True},
     "forbidden_paths": {"type": "list", "elements": "str", "default": ["/metrics", "/invocations"]},
-    "completion_path": {"type": "str", "choices": [COMPLETIONS, CHAT, NONE], "default": COMPLETIONS},
+    "paths": {"type": "list", "elements": "str"},
     "minimum_days": {"type": "int", "default": 7},
     "timeout": {"type": "int", "default": 120},
 }
@@ -421,7 +420,7 @@ def main() -> None:
         )
     except (ValueError, OSError) as error:
         module.fail_json(msg=str(error))
-    rows = verify(endpoint, given["models"], given["forbidden_paths"], given["minimum_days"], given["completion_path"])
+    rows = verify(endpoint, given["models"], given["forbidden_paths"], given["minimum_days"], given["paths"])
     failures = [entry for entry in rows if entry["result"] != "ok"]
     module.exit_json(changed=False, rows=rows, failures=failures, verified=not failures)
 

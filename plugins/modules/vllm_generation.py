@@ -134,7 +134,6 @@ gates:
   elements: dict
 """
 
-import json
 import os
 import shutil
 import time
@@ -255,7 +254,7 @@ def make_room(module: AnsibleModule, instances: list[Deployed]) -> None:
 
 def gates(instances: list[Deployed]) -> list[dict[str, Any]]:
     """How to ask the current generations."""
-    return [json.loads((instance.link / "gate.json").read_text()) for instance in instances]
+    return [generations_host.gate_of((instance.link / "gate.json").read_text()) for instance in instances]
 
 
 def reverted(instance: Deployed) -> str:

@@ -294,7 +294,7 @@ def generation_findings(content: dict[str, str]) -> dict[str, Any]:
         "runs": vllm_container.image_of(compose) if compose else content["release"],
         "port": json.loads(options["port"]) if "port" in options else None,
         "gpus": vllm_shared_gpus.gpus_of(content),
-        "gate": json.loads(content["gate.json"]),
+        "gate": generations_host.gate_of(content["gate.json"]),
     }
 
 

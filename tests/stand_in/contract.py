@@ -1,7 +1,7 @@
 """What vLLM does, as far as roles, gateway and monitoring rely on it: one list of assertions for the stand-in and for the real CPU build.
 
-Each takes a Server, which is asked over HTTP, and knows nothing of who answers. CONTRACT is the list for a server that runs;
-it_drains and it_ends_with_its_engine are for one that is about to end.
+Each takes a Server, which is asked over HTTP, and knows nothing of who answers. CONTRACT is the list for a server that runs and generates,
+it_is_of_its_kind is for those that do something else; it_drains and it_ends_with_its_engine are for one that is about to end.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from ansible_collections.gpufleet.llm.plugins.module_utils import model_kinds
 
 RECORDED = Path(__file__).with_name("vllm-0.32.0-cpu.prom")
 FRAME = {"id", "object", "created", "model", "choices"}
@@ -239,6 +241,17 @@ def it_tells_what_it_serves(server: Server) -> None:
     assert {"/health", "/metrics", "/version", "/v1/models", "/v1/completions", "/v1/chat/completions"} <= set(routes)
 
 
+SCORING = {"/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"}
+# The paths that instances have, by what tests/tiny_models.py makes. A reward model is a reranker for vLLM: it has one label.
+HAS: dict[str, set[str]] = {
+    "transcribe": {"/v1/audio/transcriptions", "/v1/audio/translations"},
+    "embed": {"/v1/embeddings", "/v2/embed", "/pooling", *SCORING},
+    "rerank": {"/classify", "/pooling", *SCORING},
+    "reward": {"/classify", "/pooling", *SCORING},
+    "classify": {"/classify", "/pooling"},
+    "pool": {"/pooling"},
+}
+
 CONTRACT: list[Callable[[Server], None]] = [
     it_says_that_it_is_there,
     it_asks_for_its_key,
@@ -253,6 +266,24 @@ CONTRACT: list[Callable[[Server], None]] = [
     it_measures,
     it_tells_what_it_serves,
 ]
+
+
+def it_is_of_its_kind(kind: str, ask: Callable[[str, tuple[bytes, str] | None], Answer], model: str) -> None:
+    """Of the paths in the table of kinds it has those of its model and no others, and each answers its question with what the table says.
+
+    `ask` takes a path and a body with its content type: the right key goes with it.
+    """
+    for path in model_kinds.paths():
+        told = ask(path.path, path.body(model) if path.question else (b"{}", "application/json"))
+        if path.path not in HAS[kind]:
+            assert model_kinds.lacks(told.status, told.text.encode()), (path.path, told)
+        elif path.question:
+            assert told.status == 200, (path.path, told)
+            assert path.content(told.json()), path.path
+            path.used(told.json())
+        else:
+            assert told.status == 400 and not model_kinds.lacks(told.status, told.text.encode()), (path.path, told)
+    assert ask(model_kinds.MODELS, None).json()["data"][0]["id"] == model
 
 
 def it_drains(server: Server) -> None:

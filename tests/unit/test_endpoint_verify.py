@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.gpufleet.llm.plugins.module_utils import model_kinds
 from ansible_collections.gpufleet.llm.plugins.modules import endpoint_verify
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -83,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
     def allowed(self) -> bool:
         """Whether path and key are fine; if not, the refusal is sent."""
         fault = self.server.fault
-        if self.path not in ("/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/embeddings"):
+        if self.path not in model_kinds.open_paths():
             self.send(200 if fault == "open path" else 404, {"error": {}})
             return False
         key = self.headers.get("Authorization")
@@ -100,9 +101,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Complete."""
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        content = self.rfile.read(int(self.headers["Content-Length"]))
         if not self.allowed():
             return
+        body = {} if self.headers["Content-Type"].startswith("multipart/") else json.loads(content)
         fault = self.server.fault
         if fault == "slow":
             time.sleep(3)
@@ -111,6 +113,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(404, {"detail": "Not Found"})
             else:
                 self.send(200, {"data": [{"embedding": [0.1, 0.2, 0.3]}] if fault == "embeds" else []})
+        elif fault in ("hears", "ranks", "nothing"):
+            right: dict[str, object] = {"/v1/audio/transcriptions": {"text": ""}} if fault == "hears" else {}
+            right |= {"/v1/rerank": {"results": [{"relevance_score": 0.5}]}} if fault == "ranks" else {}
+            self.send(200 if self.path in right else 404, right.get(self.path, {"detail": "Not Found"}))
         elif fault == "bad gateway":
             self.send(502, {"error": {"message": "no backend"}})
         elif fault == "not a completion":
@@ -154,13 +160,13 @@ def served(good_certificate: Path, request: pytest.FixtureRequest) -> Iterator[G
 
 
 def rows(
-    gateway: Gateway, ca: Path | None, *, key: str = KEY, name: str = NAME, path: str = endpoint_verify.COMPLETIONS
+    gateway: Gateway, ca: Path | None, *, key: str = KEY, name: str = NAME, paths: list[str] | None = None
 ) -> dict[str, tuple[str, str]]:
     """What the module says, by check."""
     endpoint = endpoint_verify.Endpoint(
         f"https://{name}:{gateway.server_address[1]}", key, "127.0.0.1", str(ca) if ca else None, timeout=1
     )
-    found = endpoint_verify.verify(endpoint, [MODEL], ["/metrics", "/invocations"], 7, path)
+    found = endpoint_verify.verify(endpoint, [MODEL], ["/metrics", "/invocations"], 7, paths)
     return {row["check"]: (row["result"], row["detail"]) for row in found}
 
 
@@ -185,13 +191,13 @@ def test_a_good_gateway_passes_every_check(served: Gateway, good_certificate: Pa
 
 
 def test_chat_instead_of_completions(served: Gateway, good_certificate: Path) -> None:
-    found = rows(served, good_certificate, path=endpoint_verify.CHAT)
+    found = rows(served, good_certificate, paths=[endpoint_verify.CHAT])
     assert failed(found) == {}
     assert "'three'" in found[f"completion {MODEL}"][1]
 
 
 def test_no_completions_are_asked_for_where_none_are_served(served: Gateway, good_certificate: Path) -> None:
-    found = rows(served, good_certificate, path=endpoint_verify.NONE)
+    found = rows(served, good_certificate, paths=["/v1/models"])
     assert failed(found) == {}
     assert "models" in found
     assert f"completion {MODEL}" not in found
@@ -206,17 +212,39 @@ def test_a_model_that_completes_nothing_is_asked_for_an_embedding(served: Gatewa
 
 
 @pytest.mark.parametrize(
+    ("fault", "check", "detail"), [("hears", "transcription", "'' in "), ("ranks", "rank", "score 0.5 in ")]
+)
+def test_a_model_is_asked_for_what_it_is_for(
+    served: Gateway, good_certificate: Path, fault: str, check: str, detail: str
+) -> None:
+    served.fault = fault
+    found = rows(served, good_certificate)
+    assert failed(found) == {}
+    assert found[f"{check} {MODEL}"][1].startswith(detail)
+
+
+def test_a_model_whose_paths_are_all_closed_is_told_with_those_that_would_open_it(
+    served: Gateway, good_certificate: Path
+) -> None:
+    served.fault = "nothing"
+    told = failed(rows(served, good_certificate, paths=["/v1/completions", "/v1/embeddings"]))
+    assert list(told) == [f"model {MODEL}"]
+    assert "it answers none of /v1/completions, /v1/embeddings; gateway_paths has to name" in told[f"model {MODEL}"]
+    assert "rank /v1/rerank /v1/score" in told[f"model {MODEL}"]
+
+
+@pytest.mark.parametrize(
     ("fault", "checks", "says"),
     [
         ("no key", ["key needed"], "no key: 200 instead of 401"),
         ("any key", ["key needed"], "a wrong key: 200 instead of 401"),
         ("another model", ["models"], "not listed: tiny (listed: another)"),
         ("bad gateway", [f"completion {MODEL}", f"streaming {MODEL}"], "502: "),
-        ("not a completion", [f"completion {MODEL}", f"streaming {MODEL}"], "not a completion"),
+        ("not a completion", [f"completion {MODEL}", f"streaming {MODEL}"], "no completion ('choices')"),
         ("buffered", [f"streaming {MODEL}"], "all at once"),
         ("few pieces", [f"streaming {MODEL}"], "2 pieces only"),
         ("cut", [f"streaming {MODEL}"], "without [DONE]"),
-        ("embeds nothing", [f"embedding {MODEL}"], "not an embedding"),
+        ("embeds nothing", [f"embedding {MODEL}"], "no embedding (list index out of range)"),
         ("open path", ["closed /metrics", "closed /invocations"], "GET is answered by 200 instead of 404"),
         ("slow", [f"completion {MODEL}", f"streaming {MODEL}"], "no answer in time"),
     ],

@@ -163,7 +163,7 @@ def render(template: str = "etc/nginx/nginx.conf.j2", release: str = "Debian-13"
         "__gateway_can": can,
         "__gateway_tls_ciphers": internals["__gateway_tls_ciphers"],
         "__gateway_tls_groups": (["?X25519MLKEM768"] if can["mlkem"] else []) + ["X25519", "prime256v1", "secp384r1"],
-        "__gateway_methods": internals["__gateway_methods"],
+        "__gateway_methods": gateway.gateway_path_methods(more.get("gateway_paths", values["gateway_paths"])),
         "__gateway_errors": internals["__gateway_errors"],
         "__gateway_upstream": {
             "instance": "chat",
@@ -202,6 +202,24 @@ def test_each_distinct_limit_is_one_zone() -> None:
     assert "limit_req zone=rate_60_10 burst=10 nodelay;" in location
     assert "limit_conn concurrent_1 1;" in location
     assert "proxy_pass http://vllm/v1/completions;" in location
+
+
+@pytest.mark.parametrize(
+    ("options", "paths", "told"),
+    [
+        ({}, ["/v1/chat/completions"], ""),
+        ({"runner": "pooling"}, ["/v1/chat/completions", "/v1/models"], "whose options say runner: pooling; add some of /v1/embeddings, /v2/embed, /v1/rerank"),
+        ({"runner": "pooling"}, ["/v1/rerank"], ""),
+        ({"convert": "classify"}, ["/v1/embeddings"], "whose options say convert: classify; add some of /v1/rerank"),
+        ({}, ["/v1/models"], "gateway_paths has none of the paths of the instance chat of gpu1; add some of /v1/completions"),
+        ("not a dictionary", ["/v1/rerank"], ""),  # told by the argument spec of the role vllm
+    ],
+)  # fmt: skip
+def test_paths_that_lead_to_no_model_are_told_beforehand(options: Any, paths: list[str], told: str) -> None:
+    hostvars = {"gpu1": {"vllm_instances": [{"name": "chat", "port": 8000, "options": options}, {"name": "other"}]}}
+    problems = gateway.gateway_path_problems(hostvars, [{"model": "m", "instance": "chat"}], ["gpu1"], paths)
+    assert len(problems) == bool(told)
+    assert told in "".join(problems)
 
 
 def test_only_chosen_paths_are_let_through() -> None:

@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.gpufleet.llm.plugins.module_utils import sound_form
+from ansible_collections.gpufleet.llm.plugins.module_utils.model_kinds_host import Asked, Instance
 
+from tests import tiny_models
 from tests.stand_in import contract, wheel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +74,8 @@ def start(site: Path, home: Path, **options: object) -> tuple[subprocess.Popen[b
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = int(listener.getsockname()[1])
-    (home / "config.json").write_text('{"max_position_embeddings": 8192}')
+    if not (home / "config.json").exists():
+        (home / "config.json").write_text('{"max_position_embeddings": 8192}')
     told: dict[str, object] = {
         "model": str(home), "served-model-name": ["small"], "host": "127.0.0.1", "port": port, "max-model-len": 1024,
         "shutdown-timeout": 20, "enforce-eager": True, "enable-prefix-caching": False, **options,
@@ -128,6 +132,34 @@ def healthy(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
 @pytest.mark.parametrize("assertion", contract.CONTRACT, ids=lambda assertion: assertion.__name__)
 def test_it_does_what_vllm_does(healthy: Running, assertion: Callable[[contract.Server], None]) -> None:
     assertion(healthy)
+
+
+@pytest.mark.parametrize("kind", contract.HAS)
+def test_it_serves_every_kind_of_model_as_vllm_does(site: Path, home: Path, kind: str) -> None:
+    """The very gate asks it; tests/drills/test_kinds.py holds the real one to the same."""
+    model = tiny_models.write(home, kind)
+    server = up(site, home, **{"model": str(model), "max-model-len": "auto"})
+    instance = Instance(f"http://127.0.0.1:{server.port}", server.model, KEY)
+
+    def ask(path: str, body: tuple[bytes, str] | None) -> contract.Answer:
+        status, text = instance.request(path, 20, *(body or ()))
+        return contract.Answer(status, text.decode())
+
+    contract.it_is_of_its_kind(kind, ask, server.model)
+    assert instance.ask(20) == Asked("rerank" if kind == "reward" else kind)
+    server.process.kill()
+    server.process.wait()
+
+
+def test_it_hears_no_sound_where_there_is_none(site: Path, home: Path) -> None:
+    server = up(site, home, **{"model": str(tiny_models.write(home, "transcribe")), "max-model-len": "auto"})
+    refused = Instance(f"http://127.0.0.1:{server.port}", server.model, KEY).request(
+        "/v1/audio/transcriptions", 20, *sound_form.form({"model": server.model}, b"no sound")
+    )
+    assert refused[0] == 400
+    assert b"Invalid or unsupported audio file." in refused[1]
+    server.process.kill()
+    server.process.wait()
 
 
 def in_background(server: Running, tokens: int, **more: Any) -> tuple[threading.Thread, list[contract.Answer]]:

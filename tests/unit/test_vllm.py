@@ -170,7 +170,6 @@ def test_a_generation_says_how_to_serve_and_how_to_ask() -> None:
         "unit": "vllm@chat.service",
         "url": "http://10.0.0.5:8000",
         "model": "qwen",
-        "api": "completions",
     }
 
 
@@ -247,7 +246,7 @@ def test_what_a_host_runs(instances: list[dict[str, str]], runtime: str, wanted:
 def test_a_generation_asks_for_the_name_that_is_served() -> None:
     instance = {**GOOD, "options": {"served-model-name": ["first", "second"], "runner": "pooling"}}
     gate = vllm.wanted(instance, settings(address="fd00::5"))["gate"]
-    assert (gate["model"], gate["api"], gate["url"]) == ("first", "embeddings", "http://[fd00::5]:8000")
+    assert (gate["model"], gate["url"]) == ("first", "http://[fd00::5]:8000")
 
 
 def test_cores_are_bound_on_a_cpu_only() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import json
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -90,38 +89,7 @@ def upstream() -> Iterator[Any]:
 
 
 def instance(url: str, **change: str) -> dict[str, Any]:
-    return {"name": "chat", "url": url, "model": "qwen", "api": "completions", **change}
-
-
-def test_the_gate_asks_for_one_token_of_the_real_model_with_the_key(upstream: Any) -> None:
-    seen = []
-
-    def answer(body: dict[str, Any], authorization: str) -> tuple[int, str]:
-        seen.append((body, authorization))
-        return 200, '{"choices": [{"text": "x"}]}'
-
-    upstream.answer = staticmethod(answer)
-    assert completion_gate.ask(instance(upstream.url), "secret", 5) == ""
-    assert seen == [
-        (
-            {"path": "/v1/completions", "model": "qwen", "prompt": "Hi", "max_tokens": 1, "temperature": 0},
-            "Bearer secret",
-        )
-    ]
-
-
-@pytest.mark.parametrize(
-    ("status", "text", "expected"),
-    [
-        (500, "boom", "HTTP 500: boom"),
-        (401, '{"error": "Unauthorized"}', "HTTP 401"),
-        (200, '{"choices": []}', "an answer without content"),
-        (200, "<html>", "no answer"),
-    ],
-)
-def test_an_answer_that_is_none_does_not_pass(upstream: Any, status: int, text: str, expected: str) -> None:
-    upstream.answer = staticmethod(lambda _body, _key: (status, text))
-    assert expected in completion_gate.ask(instance(upstream.url), "k", 5)
+    return {"name": "chat", "url": url, "model": "qwen", **change}
 
 
 @pytest.mark.parametrize(("status", "passes"), [(401, True), (403, True), (200, False)])
@@ -131,58 +99,6 @@ def test_an_instance_that_answers_anybody_does_not_pass(upstream: Any, status: i
     gate = completion_gate.Gate(FakeModule(Path("/nowhere"), timeout=30, request_timeout=5, api_key="k"))
     told = gate.wait(instance(upstream.url))
     assert told.get("reason") == (None if passes else "it answers without the internal key")
-
-
-def test_an_embedding_passes_for_a_pooling_model(upstream: Any) -> None:
-    upstream.answer = staticmethod(
-        lambda body, _key: (200, '{"data": [1]}') if body["path"] == "/v1/embeddings" else (404, "")
-    )
-    assert completion_gate.ask(instance(upstream.url, api="embeddings"), "k", 5) == ""
-
-
-@pytest.mark.parametrize(
-    ("has", "passes"),
-    [("/v1/embeddings", '{"data": [1]}'), ("/pooling", '{"data": [1]}'), ("", None)],
-)
-def test_a_model_that_says_by_itself_what_it_is_for_is_asked_by_the_path_that_it_has(
-    upstream: Any, has: str, passes: str | None
-) -> None:
-    """vLLM's own answers (0.32): it has no path for what its model cannot do."""
-    upstream.answer = staticmethod(
-        lambda body, _key: (200, passes) if body["path"] == has else (404, '{"detail":"Not Found"}')
-    )
-    told = completion_gate.ask(instance(upstream.url), "k", 5)
-    assert told == ("" if passes else "it answers neither completions nor embeddings nor pooling")
-
-
-def test_a_model_with_another_name_is_not_asked_by_other_paths(upstream: Any) -> None:
-    asked = []
-
-    def answer(body: dict[str, Any], _key: str) -> tuple[int, str]:
-        asked.append(body["path"])
-        return 404, '{"error":{"message":"The model `qwen` does not exist.","type":"NotFoundError","code":404}}'
-
-    upstream.answer = staticmethod(answer)
-    assert "does not exist" in completion_gate.ask(instance(upstream.url), "k", 5)
-    assert asked == ["/v1/completions"]
-
-
-def test_a_hung_engine_does_not_pass(upstream: Any) -> None:
-    def hang(_body: dict[str, Any], _key: str) -> tuple[int, str]:
-        time.sleep(1.5)
-        return 200, ""
-
-    upstream.answer = staticmethod(hang)
-    begun = time.monotonic()
-    assert "no answer" in completion_gate.ask(instance(upstream.url), "k", 0.3)
-    assert time.monotonic() - begun < 1.2
-
-
-def test_a_closed_port_does_not_pass() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    assert "refused" in completion_gate.ask(instance(f"http://127.0.0.1:{port}"), "k", 1)
 
 
 def test_a_queued_restart_is_waited_for(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from ansible_collections.gpufleet.llm.plugins.module_utils import model_kinds
 from testinfra.host import Host
 
 from tests.roles import applied, refused
@@ -30,17 +31,17 @@ NARROW = "cccccccccccccccc-0123456789abcdef"
 DEFAULT = "dddddddddddddddd-0123456789abcdef"
 INTERNAL = "internal-0123456789abcdef0123456789abcdef"
 CHAT = "/v1/chat/completions"
-POSTS = [CHAT, "/v1/completions", "/v1/embeddings", "/v1/responses"]
+POSTS = [path for path in model_kinds.open_paths() if path != model_kinds.MODELS]
 # What vLLM answers without a key, or must never be asked from outside: docs.vllm.ai/en/latest/usage/security, and the routes that
 # vLLM 0.32 and 0.33 list in their log.
 FORBIDDEN = [
     "/invocations", "/tokenize", "/detokenize", "/metrics", "/version", "/load", "/ping", "/health", "/docs",
     "/redoc", "/openapi.json", "/kv_event_sources", "/scale_elastic_ep", "/is_scaling_elastic_ep",
-    "/generative_scoring", "/pooling", "/classify", "/score", "/rerank", "/v1/score", "/v1/rerank", "/v2/rerank",
+    "/generative_scoring", "/pooling", "/score", "/rerank", "/v2/rerank", "/v2/embed", "/v1/messages", "/v1/realtime",
     "/pause", "/resume", "/sleep", "/wake_up", "/reset_prefix_cache", "/server_info", "/collective_rpc",
     "/update_weights", "/init_weight_transfer_engine", "/abort_requests", "/start_profile", "/tokenizer_info",
     "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/chat/completions/render", "/inference/v1/generate",
-    "/cohere/v2/embed", "/v1/responses/resp_1", "/v1/models/fake", "/v1/audio/transcriptions", "/v1", "/v1/", "/",
+    "/cohere/v2/embed", "/v1/responses/resp_1", "/v1/models/fake", "/v1/audio", "/v1", "/v1/", "/",
     "/v1/models/", "/.git/config",
 ]  # fmt: skip
 # Written by a client so that the match and what vLLM sees might differ.

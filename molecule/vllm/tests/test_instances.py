@@ -13,8 +13,9 @@ import pytest
 import yaml
 from testinfra.host import Host
 
+from tests import tiny_models
 from tests.roles import ROOT, applied, apply_role, refused, until
-from tests.served import ask, ends_before_a_stop, generation, main_pid, nothing_is_left_of_a_proof
+from tests.served import KEY, ask, ends_before_a_stop, generation, main_pid, nothing_is_left_of_a_proof
 
 testinfra_hosts = ["docker://vllm-debian13"]
 
@@ -74,6 +75,11 @@ def test_a_port_that_something_else_holds_is_refused(host: Host) -> None:
         ({"vllm_version": "0.26.0"}, "CVE-2026-114053"),
         ({"vllm_device": "cuda", "vllm_instances": [{**CHAT, "gpus": [0], "cpus": []}]}, "nvidia-smi is not there"),
         ({"vllm_internal_key": "short"}, "openssl rand -hex 32"),
+        (
+            {"vllm_lock_file": "/nowhere.txt", "vllm_extras": ["otel", "audio"]},
+            "`make lock VLLM_VERSION=0.32.0 DEVICE=cpu EXTRAS=audio,otel`",
+        ),
+        ({"vllm_verify_timeout": 0}, "vllm_verify_timeout is 0; it must be at least 1 second"),
     ],
 )
 def test_what_cannot_work_here_is_refused(host: Host, variables: dict[str, Any], expected: str) -> None:
@@ -95,6 +101,11 @@ def test_a_change_restarts_only_its_instance_and_starts_a_stopped_one(host: Host
     assert ask(host, 8001, "other-name")[0] == 200
     assert host.file("/etc/vllm/other/current").linked_to == "/etc/vllm/other/2"
     assert host.file("/etc/vllm/other/2/confirmed").exists
+
+
+def command(host: Host, **settings: object) -> None:
+    """Command how `chat` behaves from now on."""
+    host.check_output("echo %s >/var/cache/vllm/chat/stand_in.json", json.dumps(settings))
 
 
 def shown(host: Host, name: str, **variables: Any) -> str:
@@ -141,7 +152,7 @@ def test_an_instance_goes_back_and_stays_there_until_nobody_holds_it(host: Host)
         vllm_revert_reason="too short",
         vllm_instances=instances,
     )
-    assert "The earlier generation answers a completion" in told
+    assert "The earlier generation answers" in told
     assert (generation(host, "other"), main_pid(host, "chat")) == ("1", before)
     assert host.file("/etc/vllm/other/current").linked_to == "/etc/vllm/other/1"
     assert not host.file("/etc/vllm/other/2/confirmed").exists, "what follows would go back to it"
@@ -170,7 +181,10 @@ def test_an_instance_that_does_not_answer_where_it_went_back_to_comes_forth_agai
     host.check_output(f"cp -a {file} /root/environment && echo %s >>{file}", f'STAND_IN="{fault}"')
     told = refused(host, "vllm", entry_point="revert", vllm_revert_instance="other", vllm_start_timeout=12)
     assert "vLLM instance other on" in told
-    assert "did not come up with generation 1: no completion after 12 s: HTTP 500" in told
+    assert (
+        "did not come up with generation 1: no answer after 12 s: asked to generate (/v1/completions), it answered HTTP 500"
+        in told
+    )
     assert "Generation 2 is back and answers." in told
     assert (generation(host, "other"), ask(host, 8001, "other-name")[0]) == ("2", 200)
     assert host.file("/etc/vllm/other/2/confirmed").exists
@@ -212,9 +226,12 @@ def test_a_configuration_that_vllm_refuses_goes_back(host: Host) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"answers": "wrong"}, "no completion after 12 s: an answer without content"),
-        ({"answers": "500"}, "no completion after 12 s: HTTP 500"),
-        ({"start_seconds": 60}, "no completion after 12 s"),
+        (
+            {"answers": "wrong"},
+            "no answer after 12 s: asked to generate (/v1/completions), it answered without content",
+        ),
+        ({"answers": "500"}, "no answer after 12 s: asked to generate (/v1/completions), it answered HTTP 500"),
+        ({"start_seconds": 60}, "no answer after 12 s"),
         ({"dies_after": 0.5, "answers": "hang"}, "vllm@other.service died"),
     ],
 )
@@ -231,10 +248,24 @@ def test_an_instance_that_hangs_is_not_up_and_goes_back_when_it_is_killed(host: 
     """/health says 200. It does not end by itself either: systemd kills it, 30 seconds after the time that requests may take."""
     hanging = {**PLAIN, "environment": {"STAND_IN": json.dumps({"answers": "hang"})}}
     told = refused(host, "vllm", vllm_instances=[CHAT, hanging], vllm_start_timeout=10)
-    assert "no completion after 10 s: no answer" in told
+    assert "no answer after 10 s: /v1/completions: no answer" in told
     assert host.file("/etc/vllm/other/current").linked_to == "/etc/vllm/other/2"
     until(lambda: ask(host, 8001, "other-name")[0] == 200, 90, "it did not go back")
     assert generation(host, "other") == "2"
+
+
+def test_every_kind_of_model_goes_through_the_gate(host: Host) -> None:
+    """Nobody says of which kind they are. The real ones: tests/drills/test_kinds.py."""
+    kinds = [kind for kind in tiny_models.KINDS if kind not in ("generate", "reward")]  # a reward model is a reranker
+    for kind in kinds:
+        config = json.dumps(tiny_models.files(kind)["config"])
+        host.check_output("mkdir -p /srv/models/%s && echo %s >/srv/models/%s/config.json", kind, config, kind)
+    models = [{"name": name, "source": "path", "path": f"/srv/models/{name}"} for name in (MODEL, *kinds)]
+    small = {"environment": {"VLLM_CPU_KVCACHE_SPACE": 0.1}}
+    instances = [{"name": kind, "model": kind, "port": 8100 + number, **small} for number, kind in enumerate(kinds)]
+    applied(host, "vllm", vllm_instances=[CHAT, *instances], model_store_models=models, vllm_start_timeout=30)
+    for kind in kinds:
+        assert host.file(f"/etc/vllm/{kind}/current/confirmed").exists
 
 
 def test_an_instance_that_nobody_wants_is_gone(host: Host) -> None:
@@ -259,6 +290,20 @@ def test_a_run_that_died_half_way_is_finished_by_the_next(host: Host) -> None:
     assert not host.file("/opt/vllm/releases/0.1.0-half").exists
     again = applied(host, "vllm", vllm_instances=[CHAT])
     assert "changed=0" in again
+
+
+def test_an_instance_that_is_busy_is_up_and_one_that_hangs_is_not(host: Host) -> None:
+    """Of many requests each takes longer than the run waits. What tells them apart is whether anybody else is served meanwhile."""
+    quick = json.dumps({"model": MODEL, "prompt": "Hi", "max_tokens": 40, "stand_in": {"seconds_per_token": 0.05}})
+    ask_on = f"while curl -sf -m 9 -H 'Authorization: Bearer {KEY}' -d '{quick}' http://127.0.0.1:8000/v1/completions; do :; done"
+    host.check_output("systemd-run --unit=clients bash -c %s", f"({ask_on}) & ({ask_on}) & wait")
+    command(host, seconds_per_token=30)
+    assert "changed=0" in applied(host, "vllm", vllm_instances=[CHAT], vllm_verify_timeout=2)
+    command(host, answers="hang")
+    host.check_output("systemctl stop clients")
+    told = refused(host, "vllm", vllm_instances=[CHAT], vllm_verify_timeout=2)
+    assert "/v1/completions: no answer (timed out)" in told
+    command(host)
 
 
 def test_a_crash_is_followed_by_a_start(host: Host) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 import uuid
 from typing import Any
@@ -11,7 +10,6 @@ from .configuration import Served
 from .http import Response
 
 WORDS = (" Paris", " is", " the", " capital", " of", " France", ".")
-WIDTH = 16  # of an embedding
 
 
 def error(status: int, message: str, kind: str, parameter: str | None = None) -> Response:
@@ -159,30 +157,3 @@ class Completion:
     def account(self) -> dict[str, Any]:
         """The last event of a stream whose client asked for its usage."""
         return self.chunk([], self.tokens, last=True)
-
-
-def embedding(text: Any) -> list[float]:
-    """A vector that is the same for the same text."""
-    return [byte / 255 for byte in hashlib.sha256(str(text).encode()).digest()[:WIDTH]]
-
-
-def embeddings(model: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Vectors for one text or several."""
-    asked = body["input"]
-    texts = asked if isinstance(asked, list) and not isinstance(asked[0], int) else [asked]
-    tokens = sum(map(count, texts))
-    return {
-        "id": f"embd-{uuid.uuid4().hex}",
-        "object": "list",
-        "created": int(time.time()),
-        "model": model,
-        "data": [
-            {"index": index, "object": "embedding", "embedding": embedding(text)} for index, text in enumerate(texts)
-        ],
-        "usage": {
-            "prompt_tokens": tokens,
-            "total_tokens": tokens,
-            "completion_tokens": 0,
-            "prompt_tokens_details": None,
-        },
-    }

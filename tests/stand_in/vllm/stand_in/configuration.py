@@ -59,6 +59,21 @@ def judge_template(template: str | None) -> None:
         raise ConfigurationError(f"The supplied chat template ({template}) cannot be opened: {error}") from error
 
 
+def kind_of(config: dict[str, Any], options: dict[str, Any]) -> str:
+    """What a model is for, as vLLM makes it out: by its architecture, unless options say otherwise."""
+    architecture = (config.get("architectures") or ["LlamaForCausalLM"])[0]
+    convert = options.get("convert")
+    if "Whisper" in architecture:
+        return "transcribe"
+    if "ForTokenClassification" in architecture:
+        return "pool"
+    if "ForSequenceClassification" in architecture or convert == "classify":
+        return "rerank" if len(config.get("id2label") or {0: "", 1: ""}) == 1 else "classify"
+    if "ForCausalLM" not in architecture or options.get("runner") == "pooling" or convert == "embed":
+        return "embed"
+    return "generate"
+
+
 @dataclass(frozen=True)
 class Served:
     """What a server is, once its configuration was read."""
@@ -69,7 +84,8 @@ class Served:
     host: str
     port: int
     shutdown_timeout: float
-    pooling: bool
+    kind: str
+    labels: int
     request_ids: bool
     options: dict[str, Any]
 
@@ -99,7 +115,8 @@ class Served:
             host=options.get("host") or "0.0.0.0",
             port=int(options.get("port") or 8000),
             shutdown_timeout=float(options.get("shutdown-timeout") or 0),
-            pooling=options.get("runner") == "pooling",
+            kind=kind_of(config, options),
+            labels=len(config.get("id2label") or {0: "", 1: ""}),
             request_ids=bool(options.get("enable-request-id-headers")),
             options=options,
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from . import api
+from . import api, kinds
 from .configuration import Served
 from .http import Request, Response, Stream, head, read
 from .metrics import Metrics
@@ -22,8 +22,6 @@ from .settings import Settings
 ENGINE = "VLLM::EngineCore"
 ENGINE_PROGRAM = f"import sys; open('/proc/self/comm', 'w').write('{ENGINE}'); sys.stdin.read()"
 ROUTES = {"/health": "GET", "/ping": "GET, POST", "/version": "GET", "/metrics": "GET", "/v1/models": "GET"}
-GENERATING_ROUTES = {"/v1/completions": "POST", "/v1/chat/completions": "POST"}
-POOLING_ROUTES = {"/v1/embeddings": "POST", "/pooling": "POST"}
 
 
 class EngineDeadError(Exception):
@@ -72,7 +70,7 @@ class Server:
             module, _, attribute = name.rpartition(".")
             self.application = getattr(importlib.import_module(module), attribute)(self.application)
         self.metrics = Metrics(served.names[0])
-        self.routes = {**ROUTES, **(POOLING_ROUTES if served.pooling else GENERATING_ROUTES)}
+        self.routes = {**ROUTES, **dict.fromkeys(kinds.ROUTES[served.kind], "POST")}
         self.running = 0
         self.draining = False
         self.gave_up = False  # longer than the time for running requests: no token follows, and nobody is told
@@ -171,7 +169,7 @@ class Server:
         """What needs the engine; None when the answer was streamed."""
         begun = asyncio.get_running_loop().time()
         try:
-            body = request.json()
+            body = kinds.form(request) if "/audio/" in path else request.json()
             settings = Settings.current(body)
             model = str(body.get("model") or self.served.names[0])
             if model not in self.served.names:
@@ -180,9 +178,12 @@ class Server:
                 return api.STOPPING
             if misbehaved := self.misbehave(settings):
                 return misbehaved
-            if self.served.pooling:
+            if self.served.kind != "generate":
+                answer = kinds.answer(path, model, body, self.served)
                 await self.token(settings, begun + settings.seconds_per_token)
-                return Response.of(200, api.embeddings(model, body))
+                self.metrics.counted["requests"] += 1
+                self.metrics.counted["prompt"] += 1
+                return Response.of(200, answer)
             completion = api.Completion(self.served, path, body, f"vllm-{settings.version or __version__}")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             return api.error(400, str(error), "BadRequestError")
