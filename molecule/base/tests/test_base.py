@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
+import testinfra
 from testinfra.host import Host
 
-from tests.roles import ROOT, applied, changed, environment, refused, role_command
+from tests.roles import ROOT, applied, apply_role, changed, environment, refused, role_command
 
 
 def test_the_journal_is_on_disk_within_the_limit(host: Host) -> None:
@@ -284,3 +286,42 @@ def test_mistakes_are_told_before_any_change(host: Host) -> None:
     ):  # fmt: skip
         assert words in told
     assert not changed(told)
+
+
+# --- how one becomes root
+
+
+def test_a_sudo_that_no_password_would_reach_is_told_before_it_is_waited_for() -> None:
+    """The real sudo-rs, which is the sudo of Ubuntu 26.04, and the other one beside it."""
+    host = testinfra.get_host("docker://base-debian13")
+    host.check_output(
+        "apt-get install -y -q sudo-rs && useradd --create-home --shell /bin/bash rusty && echo rusty:secret | chpasswd"
+        " && cp -a /home/fleet/.ssh /home/rusty/ && chown -R rusty /home/rusty/.ssh && echo 'rusty ALL=(ALL:ALL) ALL' >/etc/sudoers.d/rusty"
+    )
+    login = {"ansible_user": "rusty", "ansible_become_password": "secret"}
+    try:
+        began = time.monotonic()
+        said = refused(host, "base", ansible_become_exe="sudo-rs", **login)
+        assert (
+            "base-debian13: sudo-rs is sudo-rs there, and this Ansible does not understand how it asks for a password"
+            in said
+        )
+        assert "Set ansible_become_exe: sudo.ws" in said
+        assert time.monotonic() - began < 20, "the prompt was waited for"
+        assert not changed(applied(host, "base", **login))
+    finally:
+        host.check_output("apt-get purge -y -q sudo-rs && userdel --remove rusty && rm /etc/sudoers.d/rusty")
+
+
+@pytest.mark.one_host
+def test_a_release_that_nobody_has_tried_is_taken_with_a_warning(host: Host) -> None:
+    lines = 's/^ID=.*/ID=ubuntu/; s/^NAME=.*/NAME="Ubuntu"/; s/^VERSION_ID=.*/VERSION_ID="26.04"/'
+    host.check_output(
+        f"sed '{lines}' /etc/os-release >/tmp/os-release && mount --bind /tmp/os-release /usr/lib/os-release"
+    )
+    try:
+        assert (
+            "runs Ubuntu 26.04, on which nobody has tried these roles yet" in apply_role(host, "base", "--check").stderr
+        )
+    finally:
+        host.check_output("umount /usr/lib/os-release")
