@@ -288,6 +288,34 @@ def test_mistakes_are_told_before_any_change(host: Host) -> None:
     assert not changed(told)
 
 
+@pytest.mark.one_host
+def test_those_of_a_directory_are_administrators_like_others(host: Host) -> None:
+    """A name service beside the files, as sssd and winbind are: /etc/passwd does not know its users, and usermod does not change them."""
+    host.check_output(
+        "apt-get install -y -q libnss-extrausers && mkdir -p /var/lib/extrausers"
+        " && echo 'john.doe:x:70001:70001::/home/john.doe:/bin/bash' >/var/lib/extrausers/passwd"
+        " && echo 'engineers:x:70002:john.doe' >/var/lib/extrausers/group"
+        " && sed -i.before 's/^\\(passwd\\|group\\):.*/& extrausers/' /etc/nsswitch.conf"
+    )
+    try:
+        john = {"base_admin_group": "operators", "base_admin_users": ["alice", "john.doe"]}
+        applied(host, "base", **john)
+        assert "operators" in host.check_output("id -nG john.doe").split()
+        assert host.run("grep john.doe /etc/passwd").rc == 1
+        assert not changed(applied(host, "base", **john))
+        # a group of the directory is its own business
+        applied(host, "base", base_admin_group="engineers", base_admin_users=["john.doe"])
+        assert "(ALL : ALL) ALL" in host.check_output("sudo -l -U john.doe")
+        assert host.run("grep engineers /etc/group").rc == 1
+        said = refused(host, "base", base_admin_group="engineers", base_admin_users=["alice"])
+        assert "base_admin_users has alice, who is not in engineers: that group is one of a directory" in said
+        said = refused(host, "base", base_admin_group="operators", base_admin_users=["jane.doe"])
+        assert "base_admin_users has jane.doe, whom the host does not know (getent passwd jane.doe)" in said
+    finally:
+        host.check_output("gpasswd --delete john.doe operators; mv /etc/nsswitch.conf.before /etc/nsswitch.conf")
+        applied(host, "base")
+
+
 # --- how one becomes root
 
 
