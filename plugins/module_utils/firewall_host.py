@@ -197,7 +197,8 @@ class Firewall:
         self.run("nft", "--check", "--file", str(self.tried))
         before = self.listed()
         restore = self.previous.with_name("restore.nft")
-        write(restore, REPLACE + before)
+        # Those of before as they were written: nft 1.0.6 does not read all that it lists (`ct original proto-dst { 80, 443 }`).
+        write(restore, (before and read(self.boot_file)) or REPLACE + before)
         self.run("nft", "--check", "--file", str(restore))
         restore.replace(self.previous)
         # what a timer of before left behind would keep the name

@@ -74,11 +74,12 @@ def broad(match: Mapping[str, Any]) -> bool:
         return False
     key = (left.get("meta") or {}).get("key", "")
     if (left.get("ct") or {}).get("key") == "state":
-        return bool(NEW & set(right if isinstance(right, list) else [right]))
+        several = right.get("set") if isinstance(right, Mapping) else right
+        return bool(NEW.intersection(several if isinstance(several, list) else [str(several)]))
     if key == "l4proto":
-        return right == "tcp"
+        return "tcp" in ((right.get("set") or []) if isinstance(right, Mapping) else [right])
     if key in BROAD_KEYS:
-        return right != "lo" or match.get("op") == "!="
+        return right not in ("lo", {"set": ["lo"]}) or match.get("op") == "!="
     return False
 
 

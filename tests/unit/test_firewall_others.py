@@ -49,6 +49,8 @@ def walls(*rules: list[Any], policy: str = "accept", **chains: list[Any]) -> lis
         [match("iifname", "lo", "!="), DROP],
         [match("nfproto", "ipv6"), DROP],
         [match("l4proto", "tcp"), match("state", ["new", "invalid"]), DROP],
+        [match("state", {"set": ["new", "untracked"]}), DROP],
+        [match("l4proto", {"set": ["tcp", "udp"]}), DROP],
         [{"jump": {"target": "last"}}],
         [{"xt": {"type": "match", "name": "comment"}}, {"xt": {"type": "target", "name": "REJECT"}}],
     ],
@@ -62,6 +64,8 @@ def test_what_refuses_the_rest_is_a_wall(rule: list[Any]) -> None:
     [
         [PORT, DROP],
         [match("state", "invalid"), DROP],
+        # as firewalld has it
+        [match("state", {"set": ["established", "related"]}), DROP],
         [match("l4proto", "icmp"), DROP],
         [match("iifname", "lo"), DROP],
         [{"xt": {"type": "match", "name": "recent"}}, DROP],
