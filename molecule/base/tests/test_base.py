@@ -316,6 +316,48 @@ def test_those_of_a_directory_are_administrators_like_others(host: Host) -> None
         applied(host, "base")
 
 
+# --- what a host had before
+
+
+@pytest.mark.one_host
+def test_a_setting_that_would_not_outlast_a_boot_is_named_in_each_run(host: Host) -> None:
+    host.check_output("cp -a /etc/sysctl.conf /tmp/ 2>/dev/null; echo net.core.somaxconn=1024 >/etc/sysctl.conf")
+    words = "net.core.somaxconn of /etc/sysctl.d/60-vllm-fleet.conf is 1024 by /etc/sysctl.conf"
+    try:
+        for _run in range(2):
+            said = applied(host, "base")
+            assert not changed(said)
+            assert words in " ".join(said.split())
+        assert words in refused(host, "base", base_overruled="refuse")
+        assert words not in " ".join(applied(host, "base", base_overruled="off").split())
+        # and it is so: what sysctl makes of all files
+        assert (
+            "net.core.somaxconn = 1024" in host.run("sysctl --system 2>/dev/null | grep somaxconn | tail -n 1").stdout
+        )
+    finally:
+        host.check_output(
+            "rm /etc/sysctl.conf; mv /tmp/sysctl.conf /etc/ 2>/dev/null; sysctl -q -w net.core.somaxconn=4096"
+        )
+    assert words not in " ".join(applied(host, "base").split())
+
+
+@pytest.mark.one_host
+def test_the_time_servers_that_a_host_had_are_taken_over_and_asked(host: Host) -> None:
+    """The unit of chrony is skipped in a container, so chronyd runs without touching the clock here."""
+    host.check_output(
+        "mkdir -p /etc/systemd/timesyncd.conf.d && printf '[Time]\\nNTP=192.0.2.7\\n' >/etc/systemd/timesyncd.conf.d/corp.conf"
+    )
+    host.check_output("systemd-run --unit=chronyd-test chronyd -x -d")
+    try:
+        said = applied(host, "base", base_ntp_servers=[])
+        assert "server 192.0.2.7 iburst" in host.check_output("cat /etc/chrony/sources.d/*.sources")
+        assert "is not kept right: no time server has set it" in " ".join(said.split())
+        assert not changed(applied(host, "base", base_ntp_servers=[]))
+    finally:
+        host.check_output("systemctl stop chronyd-test; rm -r /etc/systemd/timesyncd.conf.d")
+        applied(host, "base")
+
+
 # --- how one becomes root
 
 
