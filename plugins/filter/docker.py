@@ -22,9 +22,19 @@ def docker_problems(asked: Mapping[str, Any], addresses: Sequence[Any]) -> list[
     return docker.problems(asked, [str(address) for address in addresses if address])
 
 
+def docker_route_conflicts(look: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Networks that containers would get and the host reaches something else by."""
+    return docker.route_conflicts(asked["address_pools"], asked["daemon_options"], look["routes"])
+
+
 def docker_host_problems(look: Mapping[str, Any], host: str, take_over: bool, live_restore: bool) -> list[str]:
     """What stands in the way on the host."""
     found = []
+    if look["flags"]:
+        found.append(
+            f"dockerd of {host} is started with {', '.join(look['flags'])} ({', '.join(look['flags_from']) or 'docker.service'}), which daemon.json says "
+            "as well: it does not start with both. Take that out there, `systemctl daemon-reload`, and put what is needed into docker_daemon_options"
+        )
     if look["foreign_keys"] and not take_over:
         keys = ", ".join(look["foreign_keys"])
         found.append(
@@ -47,4 +57,7 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """The filters by name."""
-        return {function.__name__: function for function in (docker_plan, docker_problems, docker_host_problems)}
+        return {
+            function.__name__: function
+            for function in (docker_plan, docker_problems, docker_host_problems, docker_route_conflicts)
+        }

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 SYSCTL_NAME = re.compile(r"[a-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
+# What this host can make itself, and what a directory may call somebody: john.doe, jdoe@corp.example, CORP\\jdoe.
 ACCOUNT = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
+KNOWN_ACCOUNT = re.compile(r"[\w][\w.@\\-]{0,254}\$?")
 FORWARDING = re.compile(r"net\.ipv4\.ip_forward|net\.ipv[46]\.conf\..*\.(mc_)?forwarding")
 
 
@@ -50,10 +52,36 @@ def sysctl_problems(settings: Mapping[str, Any], name: str) -> list[str]:
 def account_problems(accounts: Sequence[str], name: str) -> list[str]:
     """What is wrong with names of users and groups."""
     return [
-        f"{name}: {account!r} is no name of a user or group; it begins with a small letter, and has small letters, digits, _ and -"
+        f"{name}: {account!r} is no name of a user or group; it has letters, digits, _, -, ., @ and \\, and begins with a letter"
         for account in accounts
-        if not ACCOUNT.fullmatch(str(account))
+        if not KNOWN_ACCOUNT.fullmatch(str(account)) or str(account).isdigit()
     ]
+
+
+def admin_plan(lines: Sequence[str], group: str, users: Sequence[str]) -> dict[str, Any]:
+    """How users get into a group, by what the host knows of it and of each of them: local, directory or none, and whether he is a member.
+
+    Whoever a directory knows is added to the file of a local group, which needs no entry of his in /etc/passwd. A group of a directory is changed
+    there. What nobody knows is made here, if it can be.
+    """
+    known, *each = [line.split() for line in lines]
+    plan: dict[str, Any] = {"group": known[0] == "none", "local": [], "directory": [], "problems": []}
+    if plan["group"] and not ACCOUNT.fullmatch(group):
+        plan["problems"].append(
+            f"base_admin_group is {group}, which the host does not know (getent group), and cannot make by that name"
+        )
+    for user, (kind, member) in zip(users, each, strict=True):
+        if known[0] == "directory" and member == "no":
+            plan["problems"].append(
+                f"base_admin_users has {user}, who is not in {group}: that group is one of a directory, so add {user} there"
+            )
+        elif kind == "none" and not ACCOUNT.fullmatch(user):
+            plan["problems"].append(
+                f"base_admin_users has {user}, whom the host does not know (getent passwd {user}), and cannot make by that name"
+            )
+        elif known[0] != "directory":
+            plan["directory" if kind == "directory" else "local"].append(user)
+    return plan
 
 
 def sysctl_differences(settings: Mapping[str, Any], names: Sequence[str], lines: Sequence[str]) -> list[str]:
@@ -84,5 +112,12 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """The filters by name."""
-        functions = (pattern_problems, sysctl_problems, account_problems, sysctl_differences, held_updates_text)
+        functions = (
+            pattern_problems,
+            sysctl_problems,
+            account_problems,
+            admin_plan,
+            sysctl_differences,
+            held_updates_text,
+        )
         return {function.__name__: function for function in functions}

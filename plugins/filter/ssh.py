@@ -12,7 +12,8 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.ssh import parse_key
 
 # Blanks, quotes and # would end a word of sshd_config.
 PATTERN = re.compile(r"!?[\w.*?@:/\[\]$%+\\-]+")
-USER = re.compile(r"[a-z_][a-z0-9_.-]*\$?", re.IGNORECASE)
+# Those of a directory are also called jdoe@corp.example and CORP\\jdoe.
+USER = re.compile(r"[a-z0-9_][a-z0-9_.@\\-]*\$?", re.IGNORECASE)
 
 
 def ssh_pattern_problems(patterns: Sequence[Any], variable: str) -> list[str]:

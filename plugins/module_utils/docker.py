@@ -171,6 +171,30 @@ def wanted_package(
     return [name] if not have or outdated or newer else []
 
 
+# --- what a host asks for
+
+
+def route_conflicts(pools: Iterable[Mapping[str, Any]], options: Mapping[str, Any], routes: Iterable[str]) -> list[str]:
+    """Networks that containers would get and the host reaches something else by, one sentence each."""
+    wanted = [("docker_address_pools", str(pool["base"])) for pool in pools]
+    wanted += [
+        (f"docker_daemon_options ({key})", str(options[key])) for key in ("bip", "fixed-cidr") if options.get(key)
+    ]
+    found = []
+    for variable, text in wanted:
+        try:
+            network = ipaddress.ip_network(text, strict=False)
+        except ValueError:
+            continue  # dockerd itself says so
+        taken = [route for route in routes if network.version == 4 and network.overlaps(ipaddress.ip_network(route))]
+        if taken:
+            found.append(
+                f"{variable} has {text}, and the host has a route to {', '.join(taken)}: packets to it would go to a container; "
+                "take another network, or set docker_route_conflicts: warn"
+            )
+    return found
+
+
 # --- what the inventory asks for
 
 

@@ -20,11 +20,15 @@ from typing import Any
 
 from ansible_collections.gpufleet.llm.plugins.module_utils.apt_host import loaded
 from ansible_collections.gpufleet.llm.plugins.module_utils.docker import after_reload, due
+from ansible_collections.gpufleet.llm.plugins.module_utils.docker_beside_host import flags, routes
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read, write
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import Command
 
 UNIT, CONTAINERD = "docker.service", "containerd.service"
-PROPERTIES = "Id,LoadState,ActiveState,UnitFileState,MainPID,InvocationID,ExecMainStartTimestampMonotonic"
+PROPERTIES = (
+    "Id,LoadState,ActiveState,UnitFileState,MainPID,InvocationID,ExecMainStartTimestampMonotonic,"
+    "ExecStart,Environment,EnvironmentFiles,FragmentPath,DropInPaths"
+)
 API_TIMEOUT = 20
 
 
@@ -60,6 +64,8 @@ class Engine:
     def __post_init__(self) -> None:
         self.file = self.root / "etc/docker/daemon.json"
         self.record = self.root / "run/vllm-fleet/docker.json"
+        # The file that the engine was seen to run with.
+        self.proved = self.root / "run/vllm-fleet/docker-daemon.json"
         self.socket = self.root / "run/docker.sock"
 
     # --- looking
@@ -69,7 +75,10 @@ class Engine:
         _, output, _ = self.command(["systemctl", "show", f"--property={PROPERTIES}", UNIT, CONTAINERD])
         found = {}
         for block in output.strip().split("\n\n"):
-            values = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+            values: dict[str, str] = {}
+            for line in block.splitlines():
+                name, _, value = line.partition("=")
+                values[name] = f"{values[name]}\n{value}" if name in values else value
             found[values.get("Id", "")] = values
         return found
 
@@ -142,6 +151,8 @@ class Engine:
             "enabled": unit.get("UnitFileState") == "enabled",
             "containers": [],
             "foreign_keys": self.foreign_keys(wanted),
+            "routes": routes(self.command),
+            **flags(self.root, unit, wanted),
             **dict.fromkeys(("live_restore", "swarm"), False),
             **dict.fromkeys(("version", "log_driver", "due_reason"), ""),
             "due": "start",
@@ -164,6 +175,8 @@ class Engine:
             running = {**running, "live-restore": found["live_restore"]}  # somebody else had it reloaded
         if remember:
             self.note(unit, running)
+            if running is not None and running == loaded(read(self.file)):
+                write(self.proved, json.dumps(read(self.file) if self.file.exists() else None))
         found["due"], found["due_keys"] = due(running, wanted)
         if found["due"]:
             found["due_reason"] = (
@@ -188,6 +201,25 @@ class Engine:
             _, journal, _ = self.command(["journalctl", "--unit", UNIT, "--lines=8", "--output=cat", "--no-pager"])
             raise EngineError(f"`{' '.join(command)}` failed: {reason}\n{journal}".rstrip())
 
+    def restart(self, *units: str) -> None:
+        """Start the units with the file that is there; where they do not, with the one that the engine ran with before."""
+        try:
+            self.run("systemctl", "restart", *units)
+        except EngineError as error:
+            try:
+                before = json.loads(read(self.proved))
+            except ValueError:
+                raise error from None  # it never ran as far as anybody knows
+            if before == (read(self.file) if self.file.exists() else None):
+                raise
+            if before is None:
+                self.file.unlink()
+            else:
+                write(self.file, before)
+            self.command(["systemctl", "reset-failed", UNIT])
+            self.run("systemctl", "restart", *units)
+            raise EngineError(f"{error}\nThe daemon.json of before is back, and the engine runs with it.") from error
+
     def apply(self, wanted: Mapping[str, Any], restart: bool, replaced: bool = False) -> dict[str, Any]:
         """Do what is due, if it may be done now. A file that was replaced is read again in any case: it may have been read as it was."""
         look = self.look(wanted)
@@ -208,7 +240,7 @@ class Engine:
                 if action == "restarted" and self.replaced(self.units().get(CONTAINERD, {}))
                 else [UNIT]
             )
-            self.run("systemctl", "restart", *units)
+            self.restart(*units)
             self.note(self.units().get(UNIT, {}), wanted)
         elif action == "reloaded":
             self.reload(wanted)

@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ansible_collections.gpufleet.llm.plugins.module_utils import fleet
+from ansible_collections.gpufleet.llm.plugins.module_utils import firewall_egress, fleet
+from ansible_collections.gpufleet.llm.plugins.module_utils.nft import comment, is_ports, matches, port_set
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-
-EVERYWHERE = ("0.0.0.0/0", "::/0")
 LISTS = (
     "ssh_ports", "admin_networks", "gateway_ports", "client_networks", "metrics_ports", "monitoring_networks", "allow", "container_interfaces",
+    "egress_allow", "egress_closed",
 )  # fmt: skip
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,62}")
-PORTS = re.compile(r"([1-9][0-9]{0,4})(?:-([1-9][0-9]{0,4}))?")
 INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,13}[A-Za-z0-9*._-]?")
 
 # What is open whatever the inventory says. A host without these loses its address, its neighbours or its path MTU.
@@ -52,7 +50,7 @@ table inet vllm_fleet {{
 		ct state established,related accept
 {containers}		ct status dnat jump published
 {routed}	}}
-
+{egress}
 	# ports that containers publish, by the port that was asked for: Docker has rewritten address and port by now
 	chain published {{
 {published}{log}		drop
@@ -126,66 +124,14 @@ def rules(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> l
     return [rule for rule in found if rule.ports and rule.networks]
 
 
-def sources(networks: Iterable[str]) -> list[str]:
-    """The matches, one for each IP family, that stand for networks: nothing at all when it is everybody."""
-    parsed = [ipaddress.ip_network(network) for network in networks]
-    # sets of nftables take no overlapping networks
-    four = list(
-        ipaddress.collapse_addresses(network for network in parsed if isinstance(network, ipaddress.IPv4Network))
-    )
-    six = list(
-        ipaddress.collapse_addresses(network for network in parsed if isinstance(network, ipaddress.IPv6Network))
-    )
-    if [str(network) for network in (*four, *six)] == list(EVERYWHERE):
-        return [""]
-    matches = []
-    for family, address, found in (("ipv4", "ip", four), ("ipv6", "ip6", six)):
-        if found and found[0].prefixlen == 0:
-            matches.append(f"meta nfproto {family} ")
-        elif found:
-            matches.append(f"{address} saddr {{ {', '.join(map(plain, found))} }} ")
-    return matches
-
-
-def plain(network: Network) -> str:
-    """A network as a person writes it."""
-    return str(network.network_address) if network.prefixlen == network.max_prefixlen else str(network)
-
-
-def port_set(ports: Iterable[str]) -> str:
-    """Ports and ranges, those that touch or overlap joined, because sets of nftables take no overlaps."""
-    spans: list[list[int]] = []
-    for first, last in sorted(bounds(port) for port in ports):
-        if spans and first <= spans[-1][1] + 1:
-            spans[-1][1] = max(spans[-1][1], last)
-        else:
-            spans.append([first, last])
-    return "{ " + ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans) + " }"
-
-
-def bounds(port: str) -> tuple[int, int]:
-    """First and last port of a port or a range."""
-    first, _, last = str(port).partition("-")
-    return int(first), int(last or first)
-
-
-def is_ports(text: str) -> bool:
-    """Whether this is a port or a range of ports."""
-    if not (found := PORTS.fullmatch(text)):
-        return False
-    first, last = int(found[1]), int(found[2] or found[1])
-    return first <= last <= 65535
-
-
 def lines(found: Sequence[Rule], published: bool) -> str:
     """Rules as nftables reads them, for ports of the host or for those that containers publish."""
     told = []
     for rule in found:
         port = f"meta l4proto {rule.protocol} ct original proto-dst" if published else f"{rule.protocol} dport"
-        comment = re.sub(r"[^A-Za-z0-9 ._-]", "_", rule.name)[:63]
         told += [
-            f'\t\t{source}{port} {port_set(rule.ports)} accept comment "{comment}"\n'
-            for source in sources(rule.networks)
+            f"\t\t{source}{port} {port_set(rule.ports)} accept {comment(rule.name)}\n"
+            for source in matches(rule.networks)
         ]
     return "".join(told)
 
@@ -194,15 +140,18 @@ def ruleset(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) ->
     """The whole file, as `nft -f` reads it."""
     found = rules(hostvars, host, settings)
     interfaces = settings["container_interfaces"]
+    runtimes = firewall_egress.runtimes(hostvars, host, settings)
+    leaving = "jump leaving" if "docker" in runtimes else "accept"
     return RULESET.format(
         essentials=ESSENTIALS,
         input=lines(found, published=False),
         published=lines(found, published=True),
         # a container's own connections are no business of a firewall for what comes in
-        containers="".join(f'\t\tiifname "{name}" accept\n' for name in interfaces),
+        containers="".join(f'\t\tiifname "{name}" {leaving}\n' for name in interfaces),
         # nobody but the host itself and other containers reaches a container past its published ports
         routed="".join(f'\t\toifname "{name}" drop\n' for name in interfaces),
         log=LOG if settings["log_drops"] else "",
+        egress=firewall_egress.chains(hostvars, runtimes, settings),
     )
 
 
@@ -244,19 +193,19 @@ def port_problems(variable: str, ports: Iterable[Any], ranges: bool = False) -> 
     ]
 
 
-def allow_problems(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+def allow_problems(variable: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is wrong with the rules that the inventory adds. Missing keys are told by the argument spec."""
     problems = []
     names: list[str] = []
     for number, entry in enumerate(entries):
         name = str(entry.get("name", ""))
-        where = f"firewall_allow[{number}] ({name})"
+        where = f"{variable}[{number}] ({name})"
         if not NAME.fullmatch(name):
             problems.append(
-                f"firewall_allow[{number}]: name is {name!r}; it must be 1 to 63 letters, digits, blanks, dots, - and _"
+                f"{variable}[{number}]: name is {name!r}; it must be 1 to 63 letters, digits, blanks, dots, - and _"
             )
         elif name in names:
-            problems.append(f"firewall_allow: the name {name} is used twice; give each rule a name of its own")
+            problems.append(f"{variable}: the name {name} is used twice; give each rule a name of its own")
         names.append(name)
         for key in ("ports", "networks"):
             if entry.get(key) == []:
@@ -285,9 +234,11 @@ def problems(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -
             )
     for name in ("ssh_ports", "gateway_ports", "metrics_ports"):
         found += port_problems(f"firewall_{name}", entries_of(settings[name]))
-    for name in ("admin_networks", "client_networks", "monitoring_networks"):
+    for name in ("admin_networks", "client_networks", "monitoring_networks", "egress_closed"):
         found += network_problems(f"firewall_{name}", entries_of(settings[name]))
-    found += allow_problems([entry for entry in entries_of(settings["allow"]) if isinstance(entry, Mapping)])
+    for name in ("allow", "egress_allow"):
+        entries = [entry for entry in entries_of(settings[name]) if isinstance(entry, Mapping)]
+        found += allow_problems(f"firewall_{name}", entries)
     found += interface_problems(entries_of(settings["container_interfaces"]))
     if not found and all(isinstance(settings[name], list) for name in LISTS):
         try:

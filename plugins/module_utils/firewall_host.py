@@ -8,28 +8,26 @@ fires and a host that reboots both lead back to the rules of before.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import ipaddress
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read, write
+from ansible_collections.gpufleet.llm.plugins.module_utils.firewall_others_host import FIREWALLD, PERSISTENT, Others
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import Command
 
-TABLE = ["inet", "vllm_fleet"]
+TABLE = ("inet", "vllm_fleet")
 UNIT = "vllm-fleet-firewall.service"
 TIMER = "vllm-fleet-firewall-rollback"
 BOOT_FILE = "/etc/vllm-fleet/firewall.nft"
 RECORD = "/var/lib/vllm-fleet/firewall.json"
 REPLACE = "table inet vllm_fleet\ndelete table inet vllm_fleet\n"
-# Other firewalls, and what says that each would be there after the next boot or is there now.
-FIREWALLD = "firewalld.service"
+# Loads the tables of an administrator.
 NFTABLES = "nftables.service"
 # Counts connections without refusing any.
 LEARN = """\
@@ -51,6 +49,12 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def from_itself(address: str, server: str) -> bool:
+    """Whether a connection comes from the host that it arrived at."""
+    found = ipaddress.ip_address(address)
+    return address == server or (getattr(found, "ipv4_mapped", None) or found).is_loopback
+
+
 @dataclass
 class Look:
     """What was found."""
@@ -58,7 +62,8 @@ class Look:
     in_place: bool  # everything is as wanted, now and after a boot
     reason: str  # what is not
     unfinished: bool  # an earlier run did not get to its end
-    others: list[str]  # other firewalls that are active
+    others: list[str]  # other firewalls that are active and can be switched off or opened
+    tables: list[str]  # of nftables, that refuse what they do not name
     flushes: bool  # nftables.service would delete everybody's tables
     boot_text: str  # what is loaded at boot
 
@@ -92,7 +97,7 @@ class Firewall:
 
     def look(self, text: str) -> Look:
         """Compare what is there with what is wanted."""
-        units = self.units([UNIT, FIREWALLD, NFTABLES])
+        units = self.units([UNIT, FIREWALLD, PERSISTENT, NFTABLES])
         boot_text = read(self.boot_file)
         unfinished = self.previous.exists()
         listed = self.listed()
@@ -109,17 +114,13 @@ class Firewall:
             reason = "the table was changed by somebody else" if listed else "the table is not loaded"
         elif units.get(UNIT) != ("active", "enabled"):
             reason = f"{UNIT} is not enabled or did not run"
-        others = []
-        if "ENABLED=yes" in read(self.root / "etc/ufw/ufw.conf").replace('"', "").splitlines():
-            others.append("ufw")
-        active, enabled = units.get(FIREWALLD, ("", ""))
-        if active in ("active", "activating", "reloading") or enabled == "enabled":
-            others.append("firewalld")
+        others, tables = Others(self.command, TABLE, self.root, self.proc).look(units)
         return Look(
             in_place=not reason,
             reason=reason,
             unfinished=unfinished,
             others=others,
+            tables=tables,
             flushes=(units.get(NFTABLES, ("", ""))[0] == "active" or units.get(NFTABLES, ("", ""))[1] == "enabled")
             and any(
                 line.split() == ["flush", "ruleset"]
@@ -138,8 +139,9 @@ class Firewall:
         return found
 
     def client(self) -> tuple[str, int] | None:
-        """Address that this run's SSH connection comes from, and the port at which it arrived; nothing without SSH.
+        """Address that this run's SSH connection comes from, and the port at which it arrived; nothing without SSH, or by a tunnel.
 
+        What a tunnel brings (SSM, a port forwarding) comes from the host itself, which no rule shuts out.
         sudo takes the variable away, so those that called this process are asked, too.
         """
         process = os.getpid()
@@ -147,7 +149,8 @@ class Firewall:
             for entry in self.bytes(f"{process}/environ").split(b"\0"):
                 name, _, value = entry.decode(errors="replace").partition("=")
                 if name == "SSH_CONNECTION" and len(words := value.split()) == 4:
-                    return words[0].partition("%")[0], int(words[3])
+                    address = words[0].partition("%")[0]
+                    return None if from_itself(address, words[2].partition("%")[0]) else (address, int(words[3]))
             state = self.bytes(f"{process}/stat").decode(errors="replace").rpartition(")")[2].split()
             process = int(state[1]) if len(state) > 1 else 0
         return None
@@ -194,7 +197,8 @@ class Firewall:
         self.run("nft", "--check", "--file", str(self.tried))
         before = self.listed()
         restore = self.previous.with_name("restore.nft")
-        write(restore, REPLACE + before)
+        # Those of before as they were written: nft 1.0.6 does not read all that it lists (`ct original proto-dst { 80, 443 }`).
+        write(restore, (before and read(self.boot_file)) or REPLACE + before)
         self.run("nft", "--check", "--file", str(restore))
         restore.replace(self.previous)
         # what a timer of before left behind would keep the name
@@ -251,44 +255,7 @@ class Firewall:
         self.previous.unlink(missing_ok=True)
         return True
 
-
-# --- what stands in the way
-
-
-def inside(address: str, networks: Iterable[str]) -> bool:
-    """Whether an address is in one of the networks."""
-    found = ipaddress.ip_address(address)
-    return any(found in ipaddress.ip_network(network) for network in networks)
-
-
-def obstacles(
-    host: str, look: Look, client: tuple[str, int] | None, uplinks: Sequence[str], given: Mapping[str, Any]
-) -> list[str]:
-    """Why the rules must not be loaded on this host, one sentence each."""
-    problems = []
-    if client:
-        address, port = client
-        networks, ports = given["admin_networks"], given["ssh_ports"]
-        if not inside(address, networks):
-            problems.append(
-                f"Ansible reaches {host} from {address}, which is not in firewall_admin_networks ({', '.join(networks)}): these rules would "
-                f"lock it out; add {address}, or the network that it belongs to"
-            )
-        if port not in ports:
-            problems.append(
-                f"Ansible reaches {host} at port {port}, which is not in firewall_ssh_ports ({', '.join(map(str, ports))}): these rules would "
-                f"lock it out; add {port}, and take it out again in a later run, when Ansible uses another one"
-            )
-    if look.others and not given["take_over"]:
-        names = " and ".join(look.others)
-        problems.append(
-            f"{names} {'are' if len(look.others) > 1 else 'is'} active on {host}, and each of two firewalls would have to let a connection "
-            "pass; with firewall_take_over: true this role switches it off as soon as its own rules have been proved"
-        )
-    for name in uplinks:
-        if patterns := [pattern for pattern in given["container_interfaces"] if fnmatch.fnmatchcase(name, pattern)]:
-            problems.append(
-                f"firewall_container_interfaces has {patterns[0]}, but {name} leads out of {host}: what comes in there would reach containers "
-                "unchecked; name the interfaces of containers more exactly"
-            )
-    return problems
+    def take_over(self) -> None:
+        """Open what iptables closes. What can be switched off as a whole is for its own program."""
+        if failed := Others(self.command, TABLE, self.root, self.proc).open(self.units([PERSISTENT])):
+            raise FirewallError(f"iptables could not be opened: `{'`, `'.join(failed)}` failed")

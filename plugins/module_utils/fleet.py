@@ -22,6 +22,9 @@ PORTS = range(1024, 65536)
 BURST_SECONDS = 10
 BURST_LEAST = 5
 
+# With these a request can name an address that the server connects to: media, and the peer that has a prompt's cache.
+FETCHING_OPTIONS = ("allowed-media-domains", "kv-transfer-config", "ec-transfer-config")
+
 HostVars = Mapping[str, Mapping[str, Any]]
 
 
@@ -166,6 +169,15 @@ def instances(hostvars: HostVars, hosts: Sequence[str], name: str | None = None)
             raise FleetError(f"{host}: vllm_instances ({entry.get('name')}): {problem}")
         found.append(Instance(host, str(entry.get("name")), int(entry["port"]), str(entry.get("model", ""))))
     return found
+
+
+def runtimes(hostvars: HostVars, host: str, fetching: bool = False) -> set[str]:
+    """What runs the instances of a host, systemd or docker: of all, or of those that connect to where requests say."""
+    return {
+        str(entry.get("runtime") or hostvars[host].get("vllm_runtime") or "systemd")
+        for _host, entry in entries(hostvars, [host])
+        if not fetching or any((entry.get("options") or {}).get(name) for name in FETCHING_OPTIONS)
+    }
 
 
 def backends(hostvars: HostVars, instance: str, hosts: Sequence[str], gateways: Sequence[str]) -> list[Backend]:

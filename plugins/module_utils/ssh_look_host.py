@@ -329,6 +329,12 @@ class Look:
             except KeyError:
                 self.problems.append(f"ssh_hardening_authorized_keys: there is no user {user} on the host")
                 continue
+            if not Path(home).is_dir():
+                self.problems.append(
+                    f"ssh_hardening_authorized_keys: {user} has no home directory yet ({home}), as those of a directory have none before they log in "
+                    "for the first time; make it, or leave the keys to the directory (AuthorizedKeysCommand)"
+                )
+                continue
             path = f"{home}/.ssh/authorized_keys"
             present = {key.plain: key.options for key in ssh.parse_keys(read(path))}
             wanted = {key.plain: key.options for line in entry["keys"] if (key := ssh.parse_key(line))}

@@ -73,6 +73,9 @@ OWNED_OPTIONS = {
 # What stands in every configuration and comes from the role: no table of options is asked about it.
 ROLE_OPTIONS = ("model", "host", "port", "shutdown-timeout")
 
+# What media are fetched from unless the inventory lists domains. To vLLM an empty list is every domain; this one nobody can have (RFC 6761).
+NO_DOMAIN = "none.invalid"
+
 # Environment variables that open what must stay closed, or that the role itself sets.
 REFUSED_ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "it opens endpoints that run code and stop the engine, without a key",
@@ -299,6 +302,7 @@ def wanted(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
     runtime = runtime_of(instance, settings["runtime"])
     options = dict(instance.get("options") or {})
     options.pop("served-model-name", None)
+    options["allowed-media-domains"] = options.get("allowed-media-domains") or [NO_DOMAIN]
     served = served_names(instance)
     options, named_environment, files = vllm_named_files.resolved(
         options,

@@ -15,6 +15,7 @@ description:
     yet is still due in the next run.
   - Reloads where a reload is enough, restarts where nothing runs or where it is allowed, and says what is due otherwise.
   - Before a restart under running containers it has the engine take over C(live-restore), so that they outlive it.
+  - An engine that does not start with a new file gets the one back that it was seen to run with.
   - Asks the engine through its socket, and only when the unit is active; otherwise the question would start it.
 options:
   state:
@@ -94,6 +95,21 @@ swarm:
   type: bool
 foreign_keys:
   description: Keys of a daemon.json that the role did not write, and that it would lose.
+  returned: always
+  type: list
+  elements: str
+flags:
+  description: Options of the command line that C(daemon.json) would have as well, or that name another file. The engine does not start with both.
+  returned: always
+  type: list
+  elements: str
+flags_from:
+  description: The files that have them.
+  returned: always
+  type: list
+  elements: str
+routes:
+  description: Networks of IPv4 that the host has a route to, but for those of the engine.
   returned: always
   type: list
   elements: str

@@ -22,8 +22,9 @@ options:
       - V(tried) loads the rules and sets the timer. What a run that died left behind is undone first.
       - V(kept) stops the timer, writes the file, and enables the unit that loads it at boot. It fails when the timer was faster.
       - V(undone) brings the rules of before back at once.
+      - V(alone) takes away by what iptables refuses what comes in, now and from the file that is loaded at boot. Its other rules stay.
     type: str
-    choices: [looked, tried, kept, undone]
+    choices: [looked, tried, kept, undone, alone]
     default: looked
   rules:
     description: The whole file, as C(nft -f) reads it. It has to replace the table C(inet vllm_fleet) and nothing else.
@@ -53,9 +54,14 @@ options:
     elements: str
     default: []
   take_over:
-    description: Whether another firewall that is active is no obstacle.
+    description: Whether another firewall that is active is going to be switched off, and so no obstacle.
     type: bool
     default: false
+  beside:
+    description: What is said of another firewall that stays.
+    type: str
+    choices: [refuse, warn, "off"]
+    default: refuse
 attributes:
   check_mode:
     description: Says what would change.
@@ -108,12 +114,12 @@ problems:
   type: list
   elements: str
 others:
-  description: Other firewalls that are active, V(ufw) or V(firewalld).
+  description: Other firewalls that are active and are to be taken over, V(ufw), V(firewalld) or V(iptables).
   returned: when state is looked
   type: list
   elements: str
 client:
-  description: Address that the SSH connection of this run comes from, empty without one.
+  description: Address that the SSH connection of this run comes from, empty without one, and where it comes from the host itself by a tunnel.
   returned: when state is looked
   type: str
 undone:
@@ -125,11 +131,12 @@ undone:
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils.firewall_host import Firewall, FirewallError, obstacles
+from ansible_collections.gpufleet.llm.plugins.module_utils.firewall_host import Firewall, FirewallError
+from ansible_collections.gpufleet.llm.plugins.module_utils.firewall_obstacles import beside, obstacles
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 
 ARGUMENTS: dict[str, Any] = {
-    "state": {"type": "str", "choices": ["looked", "tried", "kept", "undone"], "default": "looked"},
+    "state": {"type": "str", "choices": ["looked", "tried", "kept", "undone", "alone"], "default": "looked"},
     "rules": {"type": "str", "default": ""},
     "rollback_seconds": {"type": "int", "default": 60},
     "host": {"type": "str", "default": "this host"},
@@ -137,6 +144,7 @@ ARGUMENTS: dict[str, Any] = {
     "ssh_ports": {"type": "list", "elements": "int", "default": [22]},
     "container_interfaces": {"type": "list", "elements": "str", "default": []},
     "take_over": {"type": "bool", "default": False},
+    "beside": {"type": "str", "choices": ["refuse", "warn", "off"], "default": "refuse"},
 }
 FLUSHES = (
     "nftables.service is in use on %s, and /etc/nftables.conf begins with `flush ruleset`: each time it is loaded, and when the unit is stopped, the "
@@ -157,13 +165,17 @@ def main() -> None:
             client = firewall.client()
             if look.flushes:
                 module.warn(FLUSHES % given["host"])
+            others = beside(given["host"], look, given["take_over"])
+            for sentence in others if given["beside"] == "warn" else ():
+                module.warn(sentence)
             module.exit_json(
                 changed=False,
                 in_place=look.in_place,
                 reason=look.reason,
-                others=look.others,
+                others=look.others if given["take_over"] else [],
                 client=client[0] if client else "",
-                problems=obstacles(given["host"], look, client, firewall.uplinks(), given),
+                problems=obstacles(given["host"], client, firewall.uplinks(), given)
+                + (others if given["beside"] == "refuse" else []),
             )
         if look:
             if not module.check_mode:
@@ -172,9 +184,12 @@ def main() -> None:
             diff = {"before": look.boot_text, "after": given["rules"], "before_header": name, "after_header": name}
             module.exit_json(changed=True, diff=diff)
         if module.check_mode:
-            module.exit_json(changed=state == "kept")
+            module.exit_json(changed=state in ("kept", "alone"))
         if state == "kept":
             firewall.keep(given["rules"])
+            module.exit_json(changed=True)
+        if state == "alone":
+            firewall.take_over()
             module.exit_json(changed=True)
         undone = firewall.undo()
         module.exit_json(changed=undone, undone=undone)

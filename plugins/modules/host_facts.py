@@ -21,13 +21,13 @@ author: The vLLM Fleet authors (@gpufleet)
 options:
   gather:
     description:
-      - The sections to look at; V(system), V(users) and V(packages) each bring more than one key, see the return values.
+      - The sections to look at; V(system), V(users), V(packages) and V(settings) each bring more than one key, see the return values.
       - The facts of a call B(replace) those of the call before as a whole. To look again at one section only, register the result and
         read it from there.
     type: list
     elements: str
-    choices: [system, packages, units, users, ports, mounts, gpus, paths, trees]
-    default: [system, packages, units, users, ports, mounts, gpus, paths, trees]
+    choices: [system, packages, units, users, ports, mounts, gpus, paths, trees, settings]
+    default: [system, packages, units, users, ports, mounts, gpus, paths, trees, settings]
   paths:
     description: Files, directories and links to look at.
     type: list
@@ -238,6 +238,36 @@ ansible_facts:
         gpu_error:
           description: What C(nvidia-smi) says when it is there and fails or shows no GPU, else empty. Section V(gpus).
           type: str
+        overruled:
+          description:
+            - Settings in files of these roles (C(vllm-fleet) is in their names) that a file which is read later sets otherwise, as the next boot or start
+              would show, of sysctl, limits, journald, apt, modprobe and units. Section V(settings).
+          type: list
+          elements: dict
+          contains:
+            setting:
+              description: The setting.
+              type: str
+            file:
+              description: The file of ours.
+              type: str
+            by:
+              description: The file that wins.
+              type: str
+            value:
+              description: What it says.
+              type: str
+          sample: [{setting: net.core.somaxconn, file: /etc/sysctl.d/60-vllm-fleet.conf, by: /etc/sysctl.conf, value: "1024"}]
+        time_servers:
+          description:
+            - Time servers that somebody chose for this host, in the files of timesyncd and ntpd, or by DHCP. Those of the distribution are not among them.
+              Section V(settings).
+          type: list
+          elements: str
+          sample: [ntp.example.com]
+        clock_synchronised:
+          description: Whether the kernel believes that something keeps its clock right. Section V(settings).
+          type: bool
         trees:
           description:
             - For each name of M(gpufleet.llm.tree) whose files are all as its last call left them, with no handler due, a hash of what was
@@ -284,7 +314,9 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils import (
     host,
+    host_clock,
     host_mounts,
+    host_settings,
     host_sockets,
     host_units,
     tree_seen,
@@ -294,7 +326,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
 from ansible_collections.gpufleet.llm.plugins.module_utils.gpu import NVIDIA_SMI_QUERY, parse_nvidia_smi
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import Program
 
-SECTIONS = ["system", "packages", "units", "users", "ports", "mounts", "gpus", "paths", "trees"]
+SECTIONS = ["system", "packages", "units", "users", "ports", "mounts", "gpus", "paths", "trees", "settings"]
 PYTHON = "/usr/bin/python3"
 # Seconds. nvidia-smi without persistence mode wakes every GPU, some seconds each.
 SYSTEMCTL_TIMEOUT = 20
@@ -353,6 +385,9 @@ def main() -> None:
         facts["mounts"] = host_mounts.mounts()
     if "paths" in gather:
         facts["paths"] = {path: host.path_state(Path(path)) for path in module.params["paths"]}
+    if "settings" in gather:
+        facts.update(overruled=host_settings.overruled(), time_servers=host_clock.time_servers())
+        facts["clock_synchronised"] = host_clock.synchronised()
     if "trees" in gather:
         facts["trees"] = tree_seen.unchanged()
     if "units" in gather:

@@ -78,8 +78,50 @@ def test_a_pattern_that_apt_could_not_read(pattern: str) -> None:
 
 
 def test_names_of_accounts() -> None:
-    assert host.account_problems(["ops", "_x", "a-1"], "v") == []
-    assert len(host.account_problems(["Ops", "1a", "a b", "a\n", "x" * 40, "%all"], "v")) == 6
+    """What a directory calls somebody is for the host to know."""
+    assert (
+        host.account_problems(
+            ["ops", "_x", "a-1", "john.doe", "jdoe@corp.example", "CORP\\jdoe", "u1234", "host$"], "v"
+        )
+        == []
+    )
+    assert (
+        len(host.account_problems(["", "1000", "a b", "a\n", "a:b", "a,b", "x" * 300, "%all", "-x", "Wheel!"], "v"))
+        == 10
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "local", "directory", "words"),
+    [
+        (["none", "none no", "local no"], ["john", "jane"], [], ""),
+        (["local", "directory no", "local no"], ["jane"], ["john"], ""),
+        # members already, by the directory
+        (["directory", "directory yes", "local yes"], [], [], ""),
+        (
+            ["directory", "directory no", "local yes"],
+            [],
+            [],
+            "base_admin_users has john, who is not in ops: that group is one of a directory",
+        ),
+    ],
+)
+def test_how_administrators_get_into_their_group(
+    lines: list[str], local: list[str], directory: list[str], words: str
+) -> None:
+    plan = host.admin_plan(lines, "ops", ["john", "jane"])
+    assert (plan["local"], plan["directory"], plan["group"]) == (local, directory, lines[0] == "none")
+    assert "".join(plan["problems"]).startswith(words)
+    assert len(plan["problems"]) == bool(words)
+
+
+def test_nobody_is_made_by_a_name_that_only_a_directory_can_have() -> None:
+    plan = host.admin_plan(["none", "none no"], "Domain.Admins", ["john.doe"])
+    assert [problem.partition(",")[0] for problem in plan["problems"]] == [
+        "base_admin_group is Domain.Admins",
+        "base_admin_users has john.doe",
+    ]
+    assert plan["local"] == plan["directory"] == []
 
 
 def test_updates_that_wait_are_told_oldest_first() -> None:

@@ -24,6 +24,7 @@ from ansible.playbook.play_context import PlayContext
 from ansible.playbook.role import Role
 from ansible.playbook.task import Task
 from ansible.plugins.action import ActionBase
+from ansible.plugins.become import BecomeBase
 from ansible.plugins.connection.local import Connection as Local
 from ansible.plugins.loader import connection_loader
 from ansible.release import __version__
@@ -41,6 +42,8 @@ CALLS: list[tuple[Callable[..., Any], list[Any], dict[str, Any]]] = [
     (ActionBase._low_level_execute_command, ["command"], {"in_data": b""}),
     (ActionBase._transfer_file, ["here", "there"], {}),
     (ActionBase.validate_argument_spec, [{}], {}),
+    (BecomeBase.build_become_command, ["command", None], {}),
+    (BecomeBase.check_password_prompt, [b""], {}),
     (DataLoader.load_from_file, ["name"], {"cache": "all", "unsafe": False}),
     (Role.get_name, [], {"include_role_fqcn": False}),
 ]

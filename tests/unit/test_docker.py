@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.gpufleet.llm.plugins.filter.docker import docker_host_problems, docker_plan, docker_problems
-from ansible_collections.gpufleet.llm.plugins.module_utils import docker
+from ansible_collections.gpufleet.llm.plugins.filter.docker import (
+    docker_host_problems,
+    docker_plan,
+    docker_problems,
+    docker_route_conflicts,
+)
+from ansible_collections.gpufleet.llm.plugins.module_utils import docker, docker_flags
 from ansible_collections.gpufleet.llm.plugins.module_utils.docker_host import (
     CONTAINERD,
     UNIT,
@@ -190,7 +195,7 @@ def test_variables(changes: dict[str, Any], addresses: list[str], message: str) 
 
 
 def test_what_stands_in_the_way_on_the_host() -> None:
-    look = {"foreign_keys": ["data-root"], "swarm": True, "apt": {"mixed": ["/etc/apt/sources.list"]}}
+    look = {"flags": [], "foreign_keys": ["data-root"], "swarm": True, "apt": {"mixed": ["/etc/apt/sources.list"]}}
     told = docker_host_problems(look, "gpu1", take_over=False, live_restore=True)
     assert [text.split(";")[0] for text in told] == [
         "/etc/docker/daemon.json of gpu1 has data-root, which this role would take out: it writes that file as a whole. Put what is needed into "
@@ -225,6 +230,8 @@ class Host:
         self.commands: list[str] = []
         self.deaf = False  # takes no notice of a reload
         self.broken = False
+        self.refuses = ""  # a file with this word
+        self.routes: list[dict[str, str]] = []
         self.swarm = "inactive"
         for path in ("run", "etc/docker", "proc/41", "proc/42"):
             (root / path).mkdir(parents=True)
@@ -276,6 +283,8 @@ class Host:
         self.programs(old=())
 
     def command(self, command: list[str]) -> tuple[int, str, str]:
+        if command[0] == "ip":
+            return 0, json.dumps(self.routes), ""
         if command[1] == "show":
             shared = {"LoadState": "loaded" if self.installed else "not-found", "InvocationID": f"id-{self.starts}"}
             if self.starts:
@@ -293,7 +302,8 @@ class Host:
         if command[1] == "enable":
             self.state["UnitFileState"] = "enabled"
         elif command[1] == "restart":
-            if self.broken:
+            refused = self.refuses and self.engine.file.exists() and self.refuses in self.engine.file.read_text()
+            if self.broken or refused:
                 return 1, "", "Job for docker.service failed."
             self.start()
         elif command[1] == "reload" and not self.deaf:
@@ -451,6 +461,136 @@ def test_looking_only_leaves_no_trace(host: Host) -> None:
     host.start()
     host.engine.look(WANTED, remember=False)
     assert not host.engine.record.exists()
+
+
+FILE = "/etc/docker/daemon.json"
+
+
+def started(command: str, **more: str) -> dict[str, str]:
+    """A unit with this command, as systemctl shows it."""
+    return {
+        "ExecStart": f"{{ path=/usr/sbin/dockerd ; argv[]={command} ; ignore_errors=no ; start_time=[n/a] }}",
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "clash"),
+    [
+        ("-H fd:// --containerd=/run/containerd/containerd.sock", []),
+        ("--log-driver=journald", ["--log-driver"]),
+        ("--log-driver journald", ["--log-driver"]),
+        ("--live-restore", ["--live-restore"]),
+        # what may be given several times is plural in the file
+        (
+            "--log-opt max-size=10m --default-address-pool base=10.1.0.0/16,size=24",
+            ["--log-opt", "--default-address-pool"],
+        ),
+        ("--insecure-registry=r.example", ["--insecure-registry"]),
+        ("-g /data --debug", ["--data-root"]),
+        ("--add-runtime x=/y", []),
+        ("--config-file=/etc/docker/other.json", ["--config-file"]),
+        (f"--config-file {FILE}", []),
+    ],
+)
+def test_what_the_command_line_says_as_well(flags: str, clash: list[str]) -> None:
+    keys = dict.fromkeys(
+        [
+            "live-restore",
+            "log-driver",
+            "log-opts",
+            "default-address-pools",
+            "insecure-registries",
+            "data-root",
+            "runtimes",
+        ]
+    )
+    command = docker_flags.command_line(started(f"/usr/sbin/dockerd {flags}"), {})
+    assert docker_flags.clashes(command, keys, FILE) == clash
+
+
+def test_flags_are_found_where_a_distribution_keeps_them(host: Host) -> None:
+    """Debian's unit has $DOCKER_OPTS of /etc/default/docker on its command line."""
+    (host.root / "etc/default").mkdir()
+    (host.root / "etc/default/docker").write_text(
+        "# DOCKER_OPTS=--debug\nDOCKER_OPTS='--log-driver=journald -l warn'\n"
+    )
+    host.state |= started(
+        "/usr/sbin/dockerd -H fd:// $DOCKER_OPTS", EnvironmentFiles="/etc/default/docker (ignore_errors=yes)"
+    )
+    look = host.engine.look(WANTED)
+    assert (look["flags"], look["flags_from"]) == (["--log-driver"], ["/etc/default/docker"])
+    (problem,) = docker_host_problems(look, "gpu1", take_over=False, live_restore=False)
+    assert problem.startswith(
+        "dockerd of gpu1 is started with --log-driver (/etc/default/docker), which daemon.json says as well"
+    )
+
+
+def test_flags_are_found_before_there_is_an_engine(host: Host) -> None:
+    drop_in = host.root / "etc/systemd/system/docker.service.d/override.conf"
+    drop_in.parent.mkdir(parents=True)
+    drop_in.write_text("[Service]\nExecStart=\nExecStart=/usr/bin/dockerd -H fd:// --log-driver=journald\n")
+    host.installed = False
+    look = host.engine.look(WANTED)
+    assert (look["flags"], look["flags_from"]) == (
+        ["--log-driver"],
+        ["/etc/systemd/system/docker.service.d/override.conf"],
+    )
+
+
+@pytest.mark.parametrize("before", [None, {"log-driver": "local"}])
+def test_an_engine_that_does_not_start_gets_its_file_back(host: Host, before: dict[str, Any] | None) -> None:
+    if before is not None:
+        host.write(before)
+    host.state = {"ActiveState": "active", "UnitFileState": "enabled"}
+    host.start()
+    host.engine.look({"log-driver": "fluentd"})
+    host.write({"log-driver": "fluentd"})
+    host.refuses = "fluentd"
+    with pytest.raises(EngineError, match=r"The daemon.json of before is back, and the engine runs with it"):
+        host.engine.apply({"log-driver": "fluentd"}, restart=True)
+    assert host.engine.file.exists() == (before is not None)
+    assert host.told == (before or {})
+    # what was not seen to run is not put back
+    host.engine.look({})
+    host.engine.proved.unlink()
+    host.refuses = "syslog"
+    host.write({"log-driver": "syslog"})
+    with pytest.raises(EngineError, match=r"Job for docker.service failed"):
+        host.engine.apply({"log-driver": "syslog"}, restart=True)
+    assert "syslog" in host.engine.file.read_text()
+
+
+ROUTES = [
+    {"dst": "default", "gateway": "172.17.4.1", "dev": "eth0"},
+    {"dst": "172.17.4.0/22", "dev": "eth0", "protocol": "kernel"},
+    {"dst": "10.0.0.0/8", "dev": "tun0", "table": "220"},
+    {"dst": "172.18.0.0/16", "dev": "br-0123456789ab"},
+    {"dst": "172.17.0.0/24", "dev": "docker0"},
+    {"type": "local", "dst": "192.168.7.1", "dev": "eth0", "table": "local"},
+]
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "taken"),
+    [
+        ("172.17.0.0/16", {}, "docker_address_pools has 172.17.0.0/16, and the host has a route to 172.17.4.0/22"),
+        ("10.200.0.0/16", {}, "docker_address_pools has 10.200.0.0/16, and the host has a route to 10.0.0.0/8"),
+        ("172.18.0.0/16", {}, ""),
+        ("192.168.0.0/16", {}, ""),
+        ("fd00::/64", {}, ""),
+        ("172.30.0.0/16", {"bip": "10.9.0.1/24"}, "docker_daemon_options (bip) has 10.9.0.1/24"),
+    ],
+)
+def test_pools_that_the_host_reaches_something_else_by(
+    host: Host, base: str, options: dict[str, Any], taken: str
+) -> None:
+    host.routes = ROUTES
+    found = docker_route_conflicts(
+        host.engine.look({}), {"address_pools": [{"base": base, "size": 24}], "daemon_options": options}
+    )
+    assert len(found) == bool(taken)
+    assert "".join(found).startswith(taken)
 
 
 def test_an_engine_that_does_not_answer_or_start_says_why(host: Host) -> None:

@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "admin_networks": ANY, "ssh_ports": [22], "gateways": ["gw1", "gw2"], "gateway_ports": [80, 443], "client_networks": ANY,
     "vllm_hosts": ["gpu1", "gpu2"], "model_ports": [], "monitoring_networks": [], "metrics_ports": [9100, 9400], "allow": [],
     "container_interfaces": ["docker0", "br-*"], "log_drops": False,
+    "egress": "media", "egress_closed": ["10.0.0.0/8", "169.254.0.0/16", "fe80::/10"], "egress_allow": [], "vllm_user": 997,
 }  # fmt: skip
 
 
@@ -109,6 +110,73 @@ def test_a_name_cannot_break_out_of_its_comment() -> None:
     assert 'comment "vLLM x_ accept__"' in firewall.ruleset(hostvars, "gpu1", DEFAULTS)
 
 
+def chain(text: str, name: str) -> list[str]:
+    """The rules of one chain, and none where there is no such chain."""
+    _before, found, rest = text.partition(f"\tchain {name} {{\n")
+    return [line.strip() for line in rest.partition("\n\t}")[0].splitlines()] if found else []
+
+
+def egress(options: dict[str, Any], runtime: str = "systemd", **settings: Any) -> str:
+    """The table of a host with one instance that has these options."""
+    instance = {"name": "see", "port": 8000, "options": options}
+    hostvars = {**HOSTVARS, "gpu1": {**HOSTVARS["gpu1"], "vllm_instances": [instance], "vllm_runtime": runtime}}
+    return filters.firewall_ruleset(
+        hostvars, "gpu1", {**DEFAULTS, "gateways": ["gw1"], "vllm_hosts": ["gpu1", "gpu2", "nameless"], **settings}
+    )
+
+
+DOMAINS = {"allowed-media-domains": ["img.example"]}
+
+
+def test_what_an_instance_that_fetches_may_connect_to() -> None:
+    """The fleet, name servers and nothing else that is private, under whatever name IPv6 has for it."""
+    text = egress(DOMAINS)
+    assert chain(text, "output")[1:] == [
+        'oif "lo" accept',
+        "ct state established,related accept",
+        "meta skuid 997 jump egress",
+    ]
+    assert chain(text, "leaving") == []
+    refuse = "reject with icmpx admin-prohibited"
+    assert chain(text, "egress") == [
+        'ip daddr { 10.0.0.1, 10.0.0.11, 10.0.0.12 } accept comment "fleet"',
+        'meta l4proto { tcp, udp } th dport 53 accept comment "names"',
+        f"ip daddr {{ 10.0.0.0/8, 169.254.0.0/16 }} {refuse}",
+        f"ip6 daddr {{ 64:ff9b::a00:0/104, 64:ff9b::a9fe:0/112, 2002:a00::/24, 2002:a9fe::/32, fe80::/10 }} {refuse}",
+    ]
+    allowed = {"name": "pictures", "ports": ["443"], "networks": ["10.0.9.0/24"]}
+    rules = chain(egress(DOMAINS, egress_allow=[allowed], log_drops=True), "egress")
+    assert rules[2] == 'ip daddr { 10.0.9.0/24 } tcp dport { 443 } accept comment "pictures"'
+    assert [rule.count("log prefix") for rule in rules[3:]] == [1, 0, 1, 0]
+
+
+def test_containers_are_held_back_by_their_interfaces() -> None:
+    text = egress(DOMAINS, runtime="docker")
+    assert chain(text, "output") == []
+    assert chain(text, "leaving") == ['oifname "docker0" accept', 'oifname "br-*" accept', "jump egress", "accept"]
+    assert 'iifname "docker0" jump leaving' in chain(text, "forward")
+    assert 'iifname "docker0" accept' in chain(egress(DOMAINS), "forward")
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "held_back"),
+    [
+        ({}, {}, False),
+        ({"allowed-media-domains": []}, {}, False),
+        # the peer that has the cache of a prompt is named by the request, too
+        ({"kv-transfer-config": {"kv_connector": "NixlConnector"}}, {}, True),
+        (None, {"egress": "all"}, True),
+        (DOMAINS, {"egress": "off"}, False),
+        # as YAML reads off
+        (DOMAINS, {"egress": False}, False),
+        (DOMAINS, {"vllm_hosts": ["gpu2"]}, False),
+        (DOMAINS, {"egress_closed": []}, True),
+    ],
+)
+def test_who_is_held_back(options: Any, settings: dict[str, Any], held_back: bool) -> None:
+    assert ("chain egress" in egress(options, **settings)) == held_back
+
+
 RIGHT = "it takes networks and addresses such as 10.0.0.0/8, 192.0.2.7 and 2001:db8::/32"
 
 
@@ -133,6 +201,8 @@ RIGHT = "it takes networks and addresses such as 10.0.0.0/8, 192.0.2.7 and 2001:
         ({"allow": [{"name": "a", "ports": [], "networks": ["::/0"]}]},
          "firewall_allow[0] (a): ports is empty, so it would open nothing; say which, or leave the rule out"),
         ({"allow": [{"name": "a", "ports": ["1"], "networks": ["x"]}]}, f"firewall_allow[0] (a): networks has 'x', which is no network; {RIGHT}"),
+        ({"egress_allow": [{"name": "a", "ports": ["1"], "networks": ["x"]}]}, f"firewall_egress_allow[0] (a): networks has 'x', which is no network; {RIGHT}"),
+        ({"egress_closed": ["10/8"]}, f"firewall_egress_closed has '10/8', which is no network; {RIGHT}"),
         ({"container_interfaces": ["*"]},
          "firewall_container_interfaces has '*'; it takes names of interfaces, of at most 15 characters, that may end in *, such as docker0 and br-*"),
         ({"container_interfaces": ['a" drop']},

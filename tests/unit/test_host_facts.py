@@ -404,7 +404,7 @@ def test_the_module_runs_as_a_task() -> None:
     assert facts.keys() == {
         "distribution", "release", "codename", "architecture", "kernel", "python", "container", "service_manager", "memory_bytes",
         "cpus", "packages", "uv", "trees", "lists_age_seconds", "units", "users", "groups", "ports", "mounts", "gpus", "gpu_error", "paths",
-        "held_updates", "group_members",
+        "held_updates", "group_members", "overruled", "time_servers", "clock_synchronised",
     }  # fmt: skip
     assert facts["users"]["root"] == 0
     assert facts["paths"]["/etc/passwd"]["type"] == "file"

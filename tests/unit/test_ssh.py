@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -425,3 +426,10 @@ def test_the_recordings_are_those_of_the_programs_of_this_machine() -> None:
     for query in set(ssh.QUERIES.values()):
         printed = subprocess.run(["ssh", "-Q", query], capture_output=True, text=True, check=True).stdout
         assert set(printed.split()) == set(recorded(f"ssh-Q-{query}-debian12").split())
+
+
+def test_a_connection_that_was_turned_away_comes_again() -> None:
+    """As sshd does with those that are too many, a bastion's for example."""
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(ROOT / "ansible.cfg")
+    assert int(settings["ssh_connection"]["retries"]) >= 1

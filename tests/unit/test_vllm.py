@@ -173,6 +173,16 @@ def test_a_generation_says_how_to_serve_and_how_to_ask() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("listed", "expected"), [(None, ["none.invalid"]), ([], ["none.invalid"]), (["img.example"], ["img.example"])]
+)
+def test_media_are_fetched_from_listed_domains_only(listed: Any, expected: list[str]) -> None:
+    """To vLLM an empty list is every domain."""
+    options = {} if listed is None else {"allowed-media-domains": listed}
+    made = vllm.wanted({**GOOD, "options": options}, settings())
+    assert made["config"]["allowed-media-domains"] == expected
+
+
 def test_without_a_compiler_nothing_asks_for_one_and_the_users_word_counts() -> None:
     made = vllm.wanted(GOOD, settings())["environment"]
     assert vllm_kernels.WITHOUT_COMPILER.items() <= made.items()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
+import testinfra
 from testinfra.host import Host
 
-from tests.roles import ROOT, applied, changed, environment, refused, role_command
+from tests.roles import ROOT, applied, apply_role, changed, environment, refused, role_command
 
 
 def test_the_journal_is_on_disk_within_the_limit(host: Host) -> None:
@@ -284,3 +286,112 @@ def test_mistakes_are_told_before_any_change(host: Host) -> None:
     ):  # fmt: skip
         assert words in told
     assert not changed(told)
+
+
+@pytest.mark.one_host
+def test_those_of_a_directory_are_administrators_like_others(host: Host) -> None:
+    """A name service beside the files, as sssd and winbind are: /etc/passwd does not know its users, and usermod does not change them."""
+    host.check_output(
+        "apt-get install -y -q libnss-extrausers && mkdir -p /var/lib/extrausers"
+        " && echo 'john.doe:x:70001:70001::/home/john.doe:/bin/bash' >/var/lib/extrausers/passwd"
+        " && echo 'engineers:x:70002:john.doe' >/var/lib/extrausers/group"
+        " && sed -i.before 's/^\\(passwd\\|group\\):.*/& extrausers/' /etc/nsswitch.conf"
+    )
+    try:
+        john = {"base_admin_group": "operators", "base_admin_users": ["alice", "john.doe"]}
+        applied(host, "base", **john)
+        assert "operators" in host.check_output("id -nG john.doe").split()
+        assert host.run("grep john.doe /etc/passwd").rc == 1
+        assert not changed(applied(host, "base", **john))
+        # a group of the directory is its own business
+        applied(host, "base", base_admin_group="engineers", base_admin_users=["john.doe"])
+        assert "(ALL : ALL) ALL" in host.check_output("sudo -l -U john.doe")
+        assert host.run("grep engineers /etc/group").rc == 1
+        said = refused(host, "base", base_admin_group="engineers", base_admin_users=["alice"])
+        assert "base_admin_users has alice, who is not in engineers: that group is one of a directory" in said
+        said = refused(host, "base", base_admin_group="operators", base_admin_users=["jane.doe"])
+        assert "base_admin_users has jane.doe, whom the host does not know (getent passwd jane.doe)" in said
+    finally:
+        host.check_output("gpasswd --delete john.doe operators; mv /etc/nsswitch.conf.before /etc/nsswitch.conf")
+        applied(host, "base")
+
+
+# --- what a host had before
+
+
+@pytest.mark.one_host
+def test_a_setting_that_would_not_outlast_a_boot_is_named_in_each_run(host: Host) -> None:
+    host.check_output("cp -a /etc/sysctl.conf /tmp/ 2>/dev/null; echo net.core.somaxconn=1024 >/etc/sysctl.conf")
+    words = "net.core.somaxconn of /etc/sysctl.d/60-vllm-fleet.conf is 1024 by /etc/sysctl.conf"
+    try:
+        for _run in range(2):
+            said = applied(host, "base")
+            assert not changed(said)
+            assert words in " ".join(said.split())
+        assert words in refused(host, "base", base_overruled="refuse")
+        assert words not in " ".join(applied(host, "base", base_overruled="off").split())
+        # and it is so: what sysctl makes of all files
+        assert (
+            "net.core.somaxconn = 1024" in host.run("sysctl --system 2>/dev/null | grep somaxconn | tail -n 1").stdout
+        )
+    finally:
+        host.check_output(
+            "rm /etc/sysctl.conf; mv /tmp/sysctl.conf /etc/ 2>/dev/null; sysctl -q -w net.core.somaxconn=4096"
+        )
+    assert words not in " ".join(applied(host, "base").split())
+
+
+@pytest.mark.one_host
+def test_the_time_servers_that_a_host_had_are_taken_over_and_asked(host: Host) -> None:
+    """The unit of chrony is skipped in a container, so chronyd runs without touching the clock here."""
+    host.check_output(
+        "mkdir -p /etc/systemd/timesyncd.conf.d && printf '[Time]\\nNTP=192.0.2.7\\n' >/etc/systemd/timesyncd.conf.d/corp.conf"
+    )
+    host.check_output("systemd-run --unit=chronyd-test chronyd -x -d")
+    try:
+        said = applied(host, "base", base_ntp_servers=[])
+        assert "server 192.0.2.7 iburst" in host.check_output("cat /etc/chrony/sources.d/*.sources")
+        assert "is not kept right: no time server has set it" in " ".join(said.split())
+        assert not changed(applied(host, "base", base_ntp_servers=[]))
+    finally:
+        host.check_output("systemctl stop chronyd-test; rm -r /etc/systemd/timesyncd.conf.d")
+        applied(host, "base")
+
+
+# --- how one becomes root
+
+
+def test_a_sudo_that_no_password_would_reach_is_told_before_it_is_waited_for() -> None:
+    """The real sudo-rs, which is the sudo of Ubuntu 26.04, and the other one beside it."""
+    host = testinfra.get_host("docker://base-debian13")
+    host.check_output(
+        "apt-get install -y -q sudo-rs && useradd --create-home --shell /bin/bash rusty && echo rusty:secret | chpasswd"
+        " && cp -a /home/fleet/.ssh /home/rusty/ && chown -R rusty /home/rusty/.ssh && echo 'rusty ALL=(ALL:ALL) ALL' >/etc/sudoers.d/rusty"
+    )
+    login = {"ansible_user": "rusty", "ansible_become_password": "secret"}
+    try:
+        began = time.monotonic()
+        said = refused(host, "base", ansible_become_exe="sudo-rs", **login)
+        assert (
+            "base-debian13: sudo-rs is sudo-rs there, and this Ansible does not understand how it asks for a password"
+            in said
+        )
+        assert "Set ansible_become_exe: sudo.ws" in said
+        assert time.monotonic() - began < 20, "the prompt was waited for"
+        assert not changed(applied(host, "base", **login))
+    finally:
+        host.check_output("apt-get purge -y -q sudo-rs && userdel --remove rusty && rm /etc/sudoers.d/rusty")
+
+
+@pytest.mark.one_host
+def test_a_release_that_nobody_has_tried_is_taken_with_a_warning(host: Host) -> None:
+    lines = 's/^ID=.*/ID=ubuntu/; s/^NAME=.*/NAME="Ubuntu"/; s/^VERSION_ID=.*/VERSION_ID="26.04"/'
+    host.check_output(
+        f"sed '{lines}' /etc/os-release >/tmp/os-release && mount --bind /tmp/os-release /usr/lib/os-release"
+    )
+    try:
+        assert (
+            "runs Ubuntu 26.04, on which nobody has tried these roles yet" in apply_role(host, "base", "--check").stderr
+        )
+    finally:
+        host.check_output("umount /usr/lib/os-release")

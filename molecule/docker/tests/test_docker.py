@@ -208,6 +208,40 @@ def test_a_file_of_somebody_else_is_not_taken_away(archive: Host) -> None:
     assert "docker_take_over: true drops the rest" in said
 
 
+def test_flags_of_a_drop_in_are_refused_by_name(archive: Host) -> None:
+    """As DGX OS has them: with both, the engine would be gone after its next start."""
+    path = "/etc/systemd/system/docker.service.d/flags.conf"
+    lines = "[Service]\\nExecStart=\\nExecStart=/usr/sbin/dockerd -H fd:// --log-driver=journald\\n"
+    before = archive.check_output(f"cat {FILE}")
+    archive.check_output(f"printf '{lines}' >{path} && systemctl daemon-reload")
+    said = refused(archive, "docker")
+    starts = archive.run(f"dockerd --validate --config-file {FILE} --log-driver=journald")
+    archive.check_output(f"rm {path} && systemctl daemon-reload")
+    assert f"dockerd of docker-archive is started with --log-driver ({path}), which daemon.json says as well" in said
+    assert "specified both as a flag and in the configuration file: log-driver" in starts.stderr + starts.stdout
+    assert archive.check_output(f"cat {FILE}") == before
+
+
+def test_an_engine_that_does_not_start_runs_on_with_its_former_file(archive: Host) -> None:
+    """dockerd --validate accepts what no start does."""
+    before = archive.check_output(f"cat {FILE}")
+    said = refused(archive, "docker", docker_daemon_options={"storage-driver": "zfs"})
+    assert "The daemon.json of before is back, and the engine runs with it" in said
+    assert archive.check_output(f"cat {FILE}") == before
+    assert info(archive)["Driver"] == "vfs"
+    assert changed(applied(archive, "docker")) is False
+
+
+def test_a_route_of_the_host_keeps_its_network(archive: Host) -> None:
+    archive.check_output("ip route add 172.17.128.0/20 dev eth0")
+    try:
+        said = refused(archive, "docker")
+        assert "docker_address_pools has 172.17.0.0/16, and the host has a route to 172.17.128.0/20" in said
+        assert "a route to 172.17.128.0/20" in told(applied(archive, "docker", docker_route_conflicts="warn"), archive)
+    finally:
+        archive.check_output("ip route delete 172.17.128.0/20")
+
+
 def test_what_cannot_work_is_refused(archive: Host) -> None:
     before = (engine(archive), archive.check_output(f"cat {FILE}"))
     wrong = {

@@ -151,6 +151,24 @@ def test_containers_reach_out(docker: Host, gateway: Host) -> None:
     assert docker.run(f"docker exec web busybox wget -T 5 -q -O - http://{address_of(gateway)}/tzdata.zi").rc == 0
 
 
+def test_containers_of_an_instance_that_fetches_reach_the_fleet_only(
+    docker: Host, gateway: Host, outsider: Host
+) -> None:
+    instance = {"name": "see", "port": 8000, "runtime": "docker", "options": {"allowed-media-domains": ["img.example"]}}
+    ask = "docker exec web busybox nc -w 3 {} {} </dev/null"
+    assert docker.run(ask.format(address_of(outsider), 22)).rc == 0
+    applied(docker, "firewall", vllm_instances=[instance])
+    try:
+        assert docker.run(ask.format(address_of(outsider), 22)).rc != 0
+        assert docker.run(ask.format(address_of(gateway), 80)).rc == 0
+        # answers of a published port, and containers among themselves
+        assert scan(docker, "127.0.0.1", [8090])["open"] == [8090]
+        address = docker.check_output("docker inspect --format '{{.NetworkSettings.IPAddress}}' web")
+        assert docker.run(f"docker run --rm busybox busybox nc -w 3 {address} 80 </dev/null").rc == 0
+    finally:
+        applied(docker, "firewall")
+
+
 def test_a_published_port_that_is_allowed_is_open_to_those_who_are_named(
     docker: Host, outsider: Host, gateway: Host
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import subprocess
 from pathlib import Path
 
@@ -39,9 +41,23 @@ def test_authorised_keys_come_and_go(host: Host, tmp_path: Path) -> None:
     assert gets_in(host) and unguarded(host)
 
 
+def at_once(host: Host, number: int) -> int:
+    """How many of so many connections, which are all open and have not logged in, are greeted by sshd."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for _ in range(number):
+            one = stack.enter_context(socket.create_connection((address_of(host), 22), 10))
+            one.settimeout(10)
+            found.append(one)
+        return sum(connection.recv(8).startswith(b"SSH-2.0-") for connection in found)
+
+
 def test_a_bastion_lets_others_through(host: Host) -> None:
     try:
-        applied(host, ROLE, ssh_hardening_bastion=True)
+        assert at_once(host, 50) == 10
+        applied(host, ROLE, ssh_hardening_bastion=True, ssh_hardening_bastion_connections=60)
+        # as many as Ansible opens: one for each host
+        assert at_once(host, 50) == 50
         done = login(host, "-W", "127.0.0.1:22")
         assert done.stdout.startswith("SSH-2.0-") and "prohibited" not in done.stderr
     finally:
