@@ -86,6 +86,7 @@ failed_instances:
 
 import http.client
 import json
+import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -249,6 +250,7 @@ ARGUMENTS: dict[str, Any] = {
 
 def main() -> None:
     """Wait for all instances side by side."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec=ARGUMENTS,
         supports_check_mode=True,

@@ -122,6 +122,7 @@ undone:
   type: bool
 """
 
+import os
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -147,6 +148,7 @@ FLUSHES = (
 
 def main() -> None:
     """Do what is asked for."""
+    os.umask(0o022)
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
     given = module.params
     firewall = Firewall(commands(module))

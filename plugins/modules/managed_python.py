@@ -207,6 +207,7 @@ def ensure(parameters: dict[str, Any], check_mode: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Run as an Ansible module."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec={
             "version": {"type": "str", "required": True},

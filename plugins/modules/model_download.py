@@ -118,6 +118,7 @@ total:
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -240,6 +241,7 @@ class Download:
 
 def main() -> None:
     """Run as an Ansible module."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec={
             "action": {"type": "str", "choices": ["start", "status"], "default": "start"},

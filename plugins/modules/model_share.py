@@ -81,6 +81,7 @@ commit:
 
 import inspect
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,7 @@ def opened(module: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Run as an Ansible module."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec={
             "action": {"type": "str", "choices": ["open", "close"], "default": "open"},

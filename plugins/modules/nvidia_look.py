@@ -188,6 +188,7 @@ findings:
           elements: dict
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,7 @@ def look(root: Path, hardware: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Look, and tell."""
+    os.umask(0o022)
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
     module.exit_json(changed=False, findings=look(Path(module.params["root"]), Path(module.params["hardware"])))
 

@@ -47,6 +47,7 @@ EXAMPLES = r"""
 
 RETURN = r""" # """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ SEARCH_PATH = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
 
 def main() -> None:
     """Make the environment unless it is there, and have uv compare its packages."""
+    os.umask(0o022)
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
     path, uv = module.params["path"], module.params["uv"]
     missing = not Path(path, "pyvenv.cfg").is_file()

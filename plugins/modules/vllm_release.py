@@ -161,6 +161,7 @@ ARGUMENTS: dict[str, Any] = {
 
 def main() -> None:
     """Build the release unless it is there."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec=ARGUMENTS,
         supports_check_mode=True,
@@ -171,7 +172,6 @@ def main() -> None:
     if module.check_mode:
         module.exit_json(changed=True)
     started = time.monotonic()
-    os.umask(0o022)
     shutil.rmtree(release, ignore_errors=True)
     try:
         build(module, release)
