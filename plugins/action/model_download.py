@@ -9,6 +9,7 @@ from typing import Any
 
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.gpufleet.llm.plugins.module_utils.credentials import hidden
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_progress import Progress
 
 display = Display()
@@ -30,6 +31,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if started.get("attached"):
             display.display(f"{name} is already on its way; watching it")
         progress = Progress()
+        environment = map(str, arguments.get("environment", {}).values())
         # The module that only looks needs nothing that is secret.
         secret = ("token", "headers", "queries", "environment")
         quiet = {key: value for key, value in arguments.items() if key not in secret}
@@ -49,6 +51,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 shown = time.monotonic()
                 display.display(f"{name} {progress.line(state['state'], state['done'], state['total'])}")
         result.update(changed=True, state=state["state"], done=state["done"], total=state["total"])
+        state["message"] = hidden(state.get("message", ""), *environment)
         if state["state"] == "failed" and arguments.get("peer"):
             # A warning: it can still come from where it came from first, which goes on with what has arrived.
             result["warnings"] = [f"{name} is not copied from another host: {state['message']}"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia_plan import decide, to_install
+from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia_plan import decide, to_ask
 from ansible_collections.gpufleet.llm.plugins.plugin_utils.quick import QuickCalls
 
 
@@ -21,7 +21,7 @@ class ActionModule(QuickCalls):
         result.update(self.quick("nvidia_look", arguments, task_vars or {}))
         if settings and not result.get("failed"):
             result["plan"] = decide(result["findings"], settings)
-            if names := to_install(result["plan"]):
+            if names := to_ask(result["plan"], settings):
                 apt = self.quick("apt_source", {"packages": names, "available": True}, task_vars or {})
                 result["findings"]["available"] = apt.get("available", {})
                 result["plan"] = decide(result["findings"], settings)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -19,6 +20,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.program import Comman
 
 # apt passes over files that end so without a word (Dir::Ignore-Files-Silently).
 DISABLED = ".disabled"
+PARTS = "etc/apt/sources.list.d"
 TIMEOUT = 30
 LARGEST_KEY = 1 << 20
 
@@ -66,7 +68,7 @@ class Apt:
         """What is there of what a repository needs. `given` are the options of the module apt_source."""
         foreign, mixed = self.foreign(given["repositories"], given["own_files"])
         return {
-            "key_problem": self.key_problem(given["key_path"], given["key_fingerprints"]) if given["key_path"] else "",
+            "key_problem": self.key_problem(given) if given["key_path"] else "",
             "foreign": foreign,
             "mixed": mixed,
             "held": parse_holds(self.status(), given["packages"]),
@@ -78,13 +80,13 @@ class Apt:
         base = self.root / "var/lib/dpkg"
         return "\n".join(read(path) for path in (base / "status", *sorted((base / "updates").glob("[0-9]*"))))
 
-    def key_problem(self, path: str, expected: Sequence[str]) -> str:
+    def key_problem(self, given: Mapping[str, Any]) -> str:
         """What is wrong with the key file, empty when it is as it should be."""
         try:
-            data = self.at(path).read_bytes()
+            data = self.at(given["key_path"]).read_bytes()
         except OSError:
             return "it is not there"
-        return openpgp.problem(data, list(expected))
+        return unexpected(data, given)
 
     def foreign(self, repositories: Sequence[str], own: Sequence[str]) -> tuple[list[str], list[str]]:
         """Other files that name the repositories: those that name nothing else, and those that do.
@@ -92,40 +94,57 @@ class Apt:
         Two entries for one repository with different keys make every call of apt fail (`Conflicting values set for option Signed-By`).
         """
         alone, mixed = [], []
-        directory = self.root / "etc/apt/sources.list.d"
-        paths = [
-            self.root / "etc/apt/sources.list",
-            *sorted(directory.glob("*.list")),
-            *sorted(directory.glob("*.sources")),
-        ]
-        for path in paths:
-            name = f"/{path.relative_to(self.root)}"
-            found = entries(name, read(path)) if name not in own else []
-            of_vendor = [entry for entry in found if any(part in entry for part in repositories)]
-            if of_vendor and len(of_vendor) == len(found) and path.parent == directory:
+        for name, found in self.sources():
+            of_vendor = [entry for entry in found if name not in own and any(part in entry for part in repositories)]
+            if of_vendor and len(of_vendor) == len(found) and name.startswith(f"/{PARTS}/"):
                 alone.append(name)
             elif of_vendor:
                 mixed.append(name)
         return alone, mixed
 
+    def sources(self) -> list[tuple[str, list[str]]]:
+        """The files of sources that apt reads, with their entries."""
+        parts = [path for kind in ("list", "sources") for path in sorted((self.root / PARTS).glob(f"*.{kind}"))]
+        named = [(f"/{path.relative_to(self.root)}", path) for path in (self.root / "etc/apt/sources.list", *parts)]
+        return [(name, entries(name, read(path))) for name, path in named]
+
+    def signed_by(self, own: Sequence[str] = ()) -> dict[str, str]:
+        """Addresses of repositories as the files of the host name them, without the slash at their end -> the key, empty where none is named."""
+        found: dict[str, str] = {}
+        for name, entry in ((name, entry) for name, listed in self.sources() if name not in own for entry in listed):
+            if name.endswith(".sources"):
+                key = re.search(r"(?im)^signed-by:(.*(?:\n[ \t].*)*)", entry)
+                words = " ".join(re.findall(r"(?im)^uris:(.*(?:\n[ \t].*)*)", entry)).split()
+            else:
+                key = re.search(r"\[.*\bsigned-by=([^\s\]]+).*\]", entry)
+                words = re.sub(r"\[.*?\]", "", entry).split()[1:2]
+            found.update({url.rstrip("/"): key[1].strip() if key else "" for url in words})
+        return found
+
     def available(self, packages: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """What apt could install, by the package lists that are there."""
+        """What apt could install, by the package lists that are there. A name that ends in * stands for all that begin so."""
+        packages = [one for name in packages for one in (self.names(name[:-1]) if name.endswith("*") else [name])]
         status, output, _ = self.command(["apt-cache", "policy", *packages])
         return parse_policy(output) if status == 0 else {}
+
+    def names(self, beginning: str) -> list[str]:
+        """The packages that apt knows whose names begin so."""
+        status, output, _ = self.command(["apt-cache", "pkgnames", beginning])
+        return sorted(output.split()) if status == 0 else []
 
     def disable(self, paths: Sequence[str]) -> None:
         """Rename files of sources, so that apt passes over them."""
         for path in paths:
             self.at(path).replace(self.at(path + DISABLED))
 
-    def place_key(self, path: str, content: str, url: str, expected: Sequence[str]) -> None:
-        """Put a key file in place, from its content or from its address, when it holds the keys that are expected."""
-        origin = "the content that was given" if content else url
-        data = content.encode() if content else self.fetch(url)
-        if problem := openpgp.problem(data, list(expected)):
+    def place_key(self, given: Mapping[str, Any]) -> None:
+        """Put a key file in place, from its content or from its address, when it holds what is expected."""
+        origin = "the content that was given" if given["key"] else given["key_url"]
+        data = given["key"].encode() if given["key"] else self.fetch(given["key_url"])
+        if problem := unexpected(data, given):
             raise AptError(f"{origin} is not the key of this repository: {problem}")
         # apt reads it as a user without privileges
-        write(self.at(path), data, mode=0o644, durable=True)
+        write(self.at(given["key_path"]), data, mode=0o644, durable=True)
 
     def mark(self, what: str, packages: Sequence[str]) -> None:
         """Keep packages as they are (hold), or let them change again (unhold)."""
@@ -138,6 +157,14 @@ class Apt:
             time.sleep(self.pause)
         if status:
             raise AptError(f"`apt-mark {what} {' '.join(packages)}` failed: {(error or output).strip()}")
+
+
+def unexpected(data: bytes, given: Mapping[str, Any]) -> str:
+    """What is wrong with the content of a key file, or of the package that brings it; empty when it is what is expected."""
+    if not given.get("key_sha256"):
+        return openpgp.problem(data, list(given["key_fingerprints"]))
+    digest = hashlib.sha256(data).hexdigest()
+    return "" if digest == given["key_sha256"] else f"its SHA-256 is {digest}, and {given['key_sha256']} was expected"
 
 
 def fetched(url: str) -> bytes:

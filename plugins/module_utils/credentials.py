@@ -32,6 +32,12 @@ def hide_passwords(module: Any, *texts: str) -> None:
     module.no_log_values |= passwords(*texts)
 
 
+def only_passwords(module: Any, *values: str) -> None:
+    """Keep the passwords in values of a no_log option out of all that a module says, and not the values: no_log is for the journal."""
+    module.no_log_values -= set(values)
+    hide_passwords(module, *values)
+
+
 def hidden(message: str, *texts: str) -> str:
     """A message without the passwords of the texts' addresses, for modules that have no no_log_values."""
     for password in sorted(passwords(*texts), key=len, reverse=True):

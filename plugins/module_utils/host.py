@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import operator
 import os
@@ -174,3 +175,21 @@ def path_state(path: Path) -> dict[str, Any]:
             if state.st_size <= HASH_LIMIT:
                 found["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def python(root: Path = ROOT, has_apt: bool | None = None) -> dict[str, str]:
+    """
+    The distribution's Python, and what stands in its place where an alternative, or a link by hand, made /usr/bin/python3 another one.
+
+    That is in the way when the modules run with it, too: it has no bindings for apt, and often no ssl.
+    """
+    named = re.search(
+        r"^default-version *= *(python3\.\d+)$", read(root / "usr/share/python3/debian_defaults"), re.MULTILINE
+    )
+    usual = root / "usr/bin/python3"
+    own = usual.with_name(named[1]) if named else usual
+    if not own.exists():
+        own = usual
+    bound = importlib.util.find_spec("apt_pkg") is not None if has_apt is None else has_apt
+    other = "" if bound or not usual.exists() or usual.resolve() == own.resolve() else str(usual.resolve())
+    return {"python_path": f"/{own.relative_to(root)}", "python_replaced": other}

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Packages of the driver, whoever made them: not of the container toolkit, of CUDA's toolkit or of DCGM, which have versions of their own.
+# Headers (libnvidia-ml-dev comes with compilers) are none: nothing runs by them.
 DRIVER_PACKAGE = re.compile(
-    r"nvidia-(open|driver|headless|dkms|kernel|utils|compute-utils|firmware|fabricmanager|persistenced|modprobe|smi|imex|settings"
+    r"(?!.*-dev$)(?:nvidia-(open|driver|headless|dkms|kernel|utils|compute-utils|firmware|fabricmanager|persistenced|modprobe|smi|imex|settings"
     r"|alternative|legacy-check|support|suspend-common|opencl-icd|vulkan|egl|vdpau|xconfig|prime)\b"
     r"|libnvidia-(?!container)|libcuda1$|libnvcuvid1$|libnvoptix1$|libnvsdm|cuda-drivers|nvlsm$|nvlink5"
-    r"|linux-(modules|objects|signatures)-nvidia-\d|xserver-xorg-video-nvidia|firmware-nvidia-gsp"
+    r"|linux-(modules|objects|signatures)-nvidia-\d|xserver-xorg-video-nvidia|firmware-nvidia-gsp)"
 )
 # The kernel of a host that moves together with prebuilt modules: its metapackages, whose names hold no version.
 KERNEL_PACKAGE = re.compile(

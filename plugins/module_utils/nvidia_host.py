@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from ansible_collections.gpufleet.llm.plugins.module_utils import host, host_sockets, nvidia_pci
+from ansible_collections.gpufleet.llm.plugins.module_utils.apt_host import Apt
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
 from ansible_collections.gpufleet.llm.plugins.module_utils.gpu import (
     NVIDIA_SMI_QUERY,
@@ -46,7 +47,10 @@ LIBRARIES = (
     "usr/lib/*-linux-gnu/nvidia/current/libnvidia-ml.so.*.*",
 )
 ADDED = "etc/apt/sources.list.d/vllm-fleet-debian.sources"
-MARKER = "etc/apt/preferences.d/50-vllm-fleet-nvidia"
+# Apart from the settings, which whoever looks after the host may change or take away. The second is that of hosts from before there was a mark.
+MARKERS = ("var/lib/vllm-fleet/nvidia-driver", "etc/apt/preferences.d/50-vllm-fleet-nvidia")
+# How files of apt name NVIDIA's CUDA repository.
+REPOSITORIES = ("compute/cuda/repos/",)
 UNITS = [
     "nvidia-persistenced.service", "nvidia-fabricmanager.service", "nvidia-dcgm.service", "vllm-fleet-nvidia-nodes.service",
 ]  # fmt: skip
@@ -68,11 +72,19 @@ class Running(Protocol):
 Start = Callable[[list[str]], Running]
 
 
+def unasked(command: list[str]) -> tuple[int, str, str]:
+    """No program is asked about files of apt."""
+    return 1, "", command[0]
+
+
 class Look:
     """One look at a host."""
 
-    def __init__(self, start: Start, root: Path = ROOT, hardware: Path = ROOT) -> None:
+    def __init__(
+        self, start: Start, root: Path = ROOT, hardware: Path = ROOT, named: Sequence[str] = REPOSITORIES
+    ) -> None:
         self.start = start
+        self.named = named
         self.root = root
         self.hardware = hardware
 
@@ -93,6 +105,8 @@ class Look:
             {**device, **({"generation": nvidia_pci.generation(device["device"])} if device["kind"] == "gpu" else {})}
             for device in nvidia_pci.devices(self.hardware)
         ]
+        apt = Apt(unasked, root=self.root)
+        alone, mixed = apt.foreign(self.named, [])
         found: dict[str, Any] = {
             "distribution": system["distribution"],
             "release": system["release"],
@@ -115,8 +129,10 @@ class Look:
             "userspace": userspace_version(packages) or self.library_version(),
             "origin": self.origin(packages, system["distribution"]),
             "image": self.image(),
-            "ours": (self.root / MARKER).exists(),
-            "repositories": self.repositories(),
+            "ours": any((self.root / marker).exists() for marker in MARKERS),
+            "repositories": sorted([*alone, *mixed]),
+            "mixed_repositories": mixed,
+            "signed_by": apt.signed_by([f"/{ADDED}"]),
             "secure_boot": self.secure_boot(),
             "nodes": {
                 "uvm": (self.hardware / "dev/nvidia-uvm").exists(),
@@ -176,17 +192,6 @@ class Look:
         """The image of a vendor that brings a driver of its own."""
         found = host.os_release(read(self.root / "etc/dgx-release"))
         return " ".join(filter(None, [found.get("DGX_NAME"), found.get("DGX_SWBUILD_VERSION")])) if found else ""
-
-    def repositories(self) -> list[str]:
-        """Files of apt that name NVIDIA's CUDA repository or a mirror of it."""
-        directory = self.root / "etc/apt"
-        files = [directory / "sources.list", *sorted((directory / "sources.list.d").glob("*"))]
-        wanted = re.compile(r"^(?!\s*#).*compute/cuda/repos/", re.MULTILINE)
-        return [
-            f"/{path.relative_to(self.root)}"
-            for path in files
-            if path.suffix in (".list", ".sources") and wanted.search(read(path))
-        ]
 
     def secure_boot(self) -> bool:
         """Whether the kernel takes signed modules only. The variables begin with four bytes of attributes."""

@@ -24,7 +24,12 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia import (
 )
 from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia_care import activation, aftercare, kept_together
 from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia_found import SOURCES, Found, expected, gpus, workers
-from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia_target import OutdatedError, RefusedError, aim
+from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia_target import (
+    OutdatedError,
+    RefusedError,
+    aim,
+    branch_is_there,
+)
 from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia_words import ailment, gpu_text, told, warnings
 
 # Where newer versions are than in the archive that a host knows.
@@ -116,6 +121,8 @@ def presence(found: Found, wanted: Found) -> dict[str, Any]:
         }
     target = aim(found, wanted)
     result = change(found, wanted, target, current, bool(how))
+    if to_install(result):
+        branch_is_there(found, wanted, target)
     offered(found, wanted, {**target, **result})
     return result
 
@@ -139,9 +146,16 @@ def foreign(found: Found, current: str, works: bool) -> dict[str, Any]:
 
 
 def to_install(result: Found) -> list[str]:
-    """The packages that a decision has apt install. What apt has of them is `available` among the findings, once it was asked."""
+    """The packages that a decision has apt install."""
     due = result.get("action") in ("install", "upgrade")
     return [name.partition("=")[0] for name in result["packages"]] if due else []
+
+
+def to_ask(result: Found, wanted: Found) -> list[str]:
+    """What apt is asked about before that: `available` among the findings. A name that ends in * stands for all that begin so."""
+    names = to_install(result)
+    named_by = wanted["sources"][result["source"]].get("named_by", "") if names else ""
+    return [*names, f"{named_by.partition('{')[0]}*"] if named_by else names
 
 
 def offered(found: Found, wanted: Found, result: Found) -> None:

@@ -85,6 +85,7 @@ def source_for(found: Found, wanted: Found) -> str:
 def branch_for(found: Found, wanted: Found, source: str) -> str:
     """The branch, one that the source has."""
     entry, version = wanted["sources"][source], wanted["version"]
+    entry = {**entry, **entry.get("releases", {}).get(f"{found['distribution']}-{found['release']}", {})}
     own = entry.get("branches", {}).get(found["release"], "")
     branch = wanted["branch"] if wanted["branch"] != "auto" else version.partition(".")[0] or own or entry["branch"]
     if version and version.partition(".")[0] != branch:
@@ -99,9 +100,30 @@ def branch_for(found: Found, wanted: Found, source: str) -> str:
         )
     if not own and int(branch) < entry["first_branch"]:
         raise RefusedError(
-            f"{SOURCES[source]} is not known to have the branch {branch}.", f"The oldest is {entry['first_branch']}."
+            f"{SOURCES[source]} is not known to have the branch {branch} for {found['distribution']} {found['release']}.",
+            f"The oldest is {entry['first_branch']}: nvidia_driver_branch, or auto.",
         )
     return str(branch)
+
+
+def branch_is_there(found: Found, wanted: Found, target: Found) -> None:
+    """Refuse a branch that the source does not have, where apt knows the source."""
+    source, branch = target["source"], target["branch"]
+    named_by = wanted["sources"][source].get("named_by", "")
+    pattern = re.compile(re.escape(named_by).replace(r"\{branch\}", r"(\d{3}(?:\.[\d.]+)?)"))
+    named = {match[1] for match in map(pattern.fullmatch, found["available"]) if match}
+    branches = sorted({one.partition(".")[0] for one in named})
+    if branches and branch not in branches:
+        raise OutdatedError(
+            f"{SOURCES[source]} has no branch {branch} for {found['distribution']} {found['release']}, by the package lists of the host.",
+            f"It has {', '.join(branches)}: nvidia_driver_branch.",
+        )
+    versions = sorted((one for one in named if one.startswith(f"{branch}.")), key=version_key)
+    if versions and target["version"] and target["version"] not in versions:
+        raise OutdatedError(
+            f"{SOURCES[source]} has no driver {target['version']} for {found['distribution']} {found['release']}, by the package lists of the host.",
+            f"Of the branch {branch} it has {', '.join(versions)}: nvidia_driver_version.",
+        )
 
 
 def wildcard(name: str, branch: str, version: str, versioned: bool) -> str:

@@ -34,6 +34,8 @@ SETTINGS = {
     "client-cert": ("SSL_CLIENT_CERT", " "),
 }
 
+PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+
 
 class UvError(Exception):
     """A reason why uv cannot be had or called, in words for the operator."""
@@ -92,6 +94,8 @@ def as_uv_has_it(settings: Mapping[str, str]) -> dict[str, str]:
         for key, (name, separator) in SETTINGS.items()
         if settings.get(key, "").strip()
     }
+    if settings.get("proxy") and not any(map(os.environ.get, PROXIES)):
+        found.update(dict.fromkeys(PROXIES, settings["proxy"]))
     if "UV_INDEX" in found:
         # As pip does: a package is looked for on all indexes. What may be installed is decided by the hashes.
         found["UV_INDEX_STRATEGY"] = "unsafe-best-match"
@@ -112,6 +116,16 @@ def names_index(texts: list[str]) -> bool:
     return any(map(NAMES_INDEX.search, texts)) or any(
         os.environ.get(name) for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL")
     )
+
+
+def adopt(environment: Mapping[str, Any]) -> list[str]:
+    """Let what a task says of the environment go for every program that is started. Returns its values, some of which nobody may read.
+
+    An option of the module and not the keyword of the task: that one is written into a command, where every user of the host sees it.
+    """
+    values = {name: str(value) for name, value in environment.items()}
+    os.environ.update(values)
+    return list(values.values())
 
 
 def call_environment(links: Path = LINKS) -> dict[str, str]:

@@ -41,6 +41,10 @@ options:
     description: The key itself, in ASCII armour. Nothing is fetched then.
     type: str
     default: ""
+  key_sha256:
+    description: SHA-256 of what is at O(key_path), where that is a package that brings the key. It counts in place of O(key_fingerprints).
+    type: str
+    default: ""
   repositories:
     description: Parts of the addresses of the repository, by which other files that name it are found.
     type: list
@@ -52,7 +56,7 @@ options:
     elements: str
     default: []
   packages:
-    description: Packages that are looked at.
+    description: Packages that are looked at. For O(available) a name that ends in C(*) stands for all that begin so.
     type: list
     elements: str
     default: []
@@ -60,6 +64,10 @@ options:
     description: Whether to say which versions of O(packages) apt could install.
     type: bool
     default: false
+  environment:
+    description: Environment of the download of the key, such as C(https_proxy).
+    type: dict
+    default: {}
 attributes:
   check_mode:
     description: Says what would change.
@@ -104,6 +112,7 @@ available:
   type: dict
 """
 
+import os
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -117,17 +126,21 @@ ARGUMENTS: dict[str, Any] = {
     "key_fingerprints": {"type": "list", "elements": "str", "default": [], "no_log": False},
     "key_url": {"type": "str", "default": "", "no_log": False},
     "key": {"type": "str", "default": "", "no_log": False},
+    "key_sha256": {"type": "str", "default": "", "no_log": False},
     "repositories": {"type": "list", "elements": "str", "default": []},
     "own_files": {"type": "list", "elements": "str", "default": []},
     "packages": {"type": "list", "elements": "str", "default": []},
     "available": {"type": "bool", "default": False},
+    "environment": {"type": "dict", "default": {}, "no_log": True},
 }
 
 
 def main() -> None:
     """Do what is asked for."""
+    os.umask(0o022)
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
     given = module.params
+    os.environ.update({name: str(value) for name, value in given["environment"].items()})
     apt = Apt(commands(module))
     look = apt.look(given)
     changes = False
@@ -135,7 +148,7 @@ def main() -> None:
         if given["state"] == "trusted":
             changes = bool(look["key_problem"] or look["foreign"])
             if look["key_problem"] and not module.check_mode:
-                apt.place_key(given["key_path"], given["key"], given["key_url"], given["key_fingerprints"])
+                apt.place_key(given)
             if not module.check_mode:
                 apt.disable(look["foreign"])
         elif given["state"] in ("held", "unheld"):

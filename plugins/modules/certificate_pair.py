@@ -67,6 +67,7 @@ authority:
 """
 
 import ipaddress
+import os
 import re
 import shutil
 import ssl
@@ -150,6 +151,7 @@ ARGUMENTS: dict[str, Any] = {
 
 def main() -> None:
     """Look, and tell."""
+    os.umask(0o022)
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
     reason = look(module)
     authority = Path(module.params["directory"]) / "ca.pem"

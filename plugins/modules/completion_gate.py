@@ -83,6 +83,7 @@ failed_instances:
   elements: dict
 """
 
+import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -209,6 +210,7 @@ ARGUMENTS: dict[str, Any] = {
 
 def main() -> None:
     """Wait for all instances side by side."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec=ARGUMENTS,
         supports_check_mode=True,

@@ -58,6 +58,7 @@ fetched:
 
 import base64
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,7 @@ ARGUMENTS: dict[str, Any] = {
 
 def main() -> None:
     """Fetch what is not there."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec=ARGUMENTS,
         supports_check_mode=True,

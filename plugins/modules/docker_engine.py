@@ -145,6 +145,7 @@ apt:
   type: dict
 """
 
+import os
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -164,6 +165,7 @@ ARGUMENTS: dict[str, Any] = {
 
 def main() -> None:
     """Do what is asked for."""
+    os.umask(0o022)
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
     given = module.params
     command = commands(module)

@@ -99,6 +99,7 @@ verified:
 
 import http.client
 import json
+import os
 import socket
 import ssl
 import time
@@ -401,6 +402,7 @@ RULES: dict[str, Any] = {"mutually_exclusive": [("ca_file", "ca_pem")]}
 
 def main() -> None:
     """Run as an Ansible module."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec=ARGUMENTS,
         **RULES,

@@ -128,6 +128,7 @@ undone:
   type: bool
 """
 
+import os
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -155,6 +156,7 @@ FLUSHES = (
 
 def main() -> None:
     """Do what is asked for."""
+    os.umask(0o022)
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
     given = module.params
     firewall = Firewall(commands(module))

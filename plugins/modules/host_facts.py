@@ -109,9 +109,17 @@ ansible_facts:
           type: str
           sample: 6.8.0-88-generic
         python:
-          description: Version of C(/usr/bin/python3), empty when there is none. Section V(system).
+          description: Version of the distribution's Python, empty when there is none. Section V(system).
           type: str
           sample: 3.12.3
+        python_path:
+          description: The program, C(/usr/bin/python3) or, where that may be another one, by its version. Section V(system).
+          type: str
+          sample: /usr/bin/python3.12
+        python_replaced:
+          description: What C(/usr/bin/python3) is where it is another Python, and the modules have no bindings for apt; else empty. Section V(system).
+          type: str
+          sample: /usr/local/bin/python3.14
         container:
           description: V(docker), V(podman), V(lxc), V(systemd-nspawn) and so on, empty outside of containers. Section V(system).
           type: str
@@ -327,19 +335,18 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.gpu import NVIDIA_SMI
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import Program
 
 SECTIONS = ["system", "packages", "units", "users", "ports", "mounts", "gpus", "paths", "trees", "settings"]
-PYTHON = "/usr/bin/python3"
 # Seconds. nvidia-smi without persistence mode wakes every GPU, some seconds each.
 SYSTEMCTL_TIMEOUT = 20
 NVIDIA_SMI_TIMEOUT = 60
 
 
-def python_version() -> str:
-    """Version of the system's Python, which is mostly the one that runs this."""
-    if not Path(PYTHON).exists():
+def python_version(program: str) -> str:
+    """Version of the distribution's Python, which is mostly the one that runs this."""
+    if not Path(program).exists():
         return ""
-    if os.path.realpath(PYTHON) == os.path.realpath(sys.executable):
+    if os.path.realpath(program) == os.path.realpath(sys.executable):
         return platform.python_version()
-    good, output = Program([PYTHON, "-V"]).output(SYSTEMCTL_TIMEOUT)
+    good, output = Program([program, "-V"]).output(SYSTEMCTL_TIMEOUT)
     return output.strip().removeprefix("Python ") if good else ""
 
 
@@ -360,6 +367,7 @@ ARGUMENTS: dict[str, Any] = {
 
 def main() -> None:
     """Look, and tell."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec=ARGUMENTS,
         supports_check_mode=True,
@@ -371,7 +379,8 @@ def main() -> None:
 
     facts: dict[str, Any] = {}
     if "system" in gather:
-        facts.update(host.system(), python=python_version())
+        facts.update(host.system(), **host.python())
+        facts["python"] = python_version(facts["python_path"])
     if "packages" in gather:
         facts.update(packages=host.packages(), lists_age_seconds=host.lists_age(), uv=uv_host.installed())
         facts["held_updates"] = host.held_updates()

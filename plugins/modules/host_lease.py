@@ -76,6 +76,7 @@ released:
   type: bool
 """
 
+import os
 from dataclasses import asdict
 from typing import Any
 
@@ -91,6 +92,7 @@ ARGUMENTS: dict[str, Any] = {
 
 def main() -> None:
     """Do what the action plugin asks: it knows the controller."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec=ARGUMENTS,
     )

@@ -44,6 +44,10 @@ options:
     description: SHA-256 of the archive.
     type: str
     default: ''
+  environment:
+    description: Environment of the download, such as C(HTTPS_PROXY).
+    type: dict
+    default: {}
   timeout:
     description: Seconds without an answer after which a server counts as unreachable.
     type: int
@@ -77,8 +81,12 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import open_url
-from ansible_collections.gpufleet.llm.plugins.module_utils.credentials import hide_passwords, without_credentials
-from ansible_collections.gpufleet.llm.plugins.module_utils.uv_host import UvError, call_environment
+from ansible_collections.gpufleet.llm.plugins.module_utils.credentials import (
+    hide_passwords,
+    only_passwords,
+    without_credentials,
+)
+from ansible_collections.gpufleet.llm.plugins.module_utils.uv_host import UvError, adopt, call_environment
 
 
 class PythonError(Exception):
@@ -207,6 +215,7 @@ def ensure(parameters: dict[str, Any], check_mode: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Run as an Ansible module."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec={
             "version": {"type": "str", "required": True},
@@ -216,10 +225,12 @@ def main() -> None:
             "mirror": {"type": "str", "default": ""},
             "archive_url": {"type": "str", "default": ""},
             "archive_sha256": {"type": "str", "default": ""},
+            "environment": {"type": "dict", "default": {}, "no_log": True},
             "timeout": {"type": "int", "default": 60},
         },
         supports_check_mode=True,
     )
+    only_passwords(module, *adopt(module.params["environment"]))
     hide_passwords(module, module.params["mirror"], module.params["archive_url"])
     try:
         result = ensure(module.params, module.check_mode)

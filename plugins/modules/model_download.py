@@ -118,12 +118,14 @@ total:
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils import model_unit
+from ansible_collections.gpufleet.llm.plugins.module_utils.credentials import only_passwords
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_store_host import status_directory
 
 
@@ -240,6 +242,7 @@ class Download:
 
 def main() -> None:
     """Run as an Ansible module."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec={
             "action": {"type": "str", "choices": ["start", "status"], "default": "start"},
@@ -255,12 +258,13 @@ def main() -> None:
             "peer": {"type": "dict", "default": {}},
             "parallel": {"type": "int", "default": 8},
             "reserve_bytes": {"type": "int", "default": 0},
-            "environment": {"type": "dict", "default": {}},
+            "environment": {"type": "dict", "default": {}, "no_log": True},
             "pause": {"type": "int", "default": 5},
             "interval": {"type": "int", "default": 10},
         },
         supports_check_mode=True,
     )
+    only_passwords(module, *map(str, module.params["environment"].values()))
     if module.check_mode:
         module.exit_json(changed=True, state="checking", done=0, total=0)
     download = Download(module)

@@ -81,11 +81,12 @@ commit:
 
 import inspect
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils import model_server, model_unit
+from ansible_collections.gpufleet.llm.plugins.module_utils import host, model_server, model_unit
 from ansible_collections.gpufleet.llm.plugins.module_utils.fleet import with_port
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import Model, asks_for
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_store_host import manifest_of
@@ -120,7 +121,7 @@ def unit_for(parameters: dict[str, Any], directory: Path, files: list[str]) -> m
     credentials = {"job": json.dumps(job), "program": inspect.getsource(model_server)}
     program = f"/run/credentials/{UNIT}.service/program"
     description = f"The model {parameters['model']['name']} for other hosts of the fleet"
-    return model_unit.Unit(UNIT, description, properties, credentials, ["/usr/bin/python3", "-BI", program])
+    return model_unit.Unit(UNIT, description, properties, credentials, [host.python()["python_path"], "-BI", program])
 
 
 def held(parameters: dict[str, Any]) -> tuple[Path, dict[str, Any] | None]:
@@ -153,6 +154,7 @@ def opened(module: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Run as an Ansible module."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec={
             "action": {"type": "str", "choices": ["open", "close"], "default": "open"},

@@ -229,6 +229,7 @@ ARGUMENTS: dict[str, Any] = {
 
 def main() -> None:
     """Run as an Ansible module."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec=ARGUMENTS,
         supports_check_mode=True,

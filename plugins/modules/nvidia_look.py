@@ -26,6 +26,11 @@ options:
     description: Where C(/sys), C(/proc) and C(/dev) are. Another directory is for tests, which have no such devices.
     type: str
     default: /
+  repositories:
+    description: Parts of the address of NVIDIA's repository, by which files of apt that name it are found.
+    type: list
+    elements: str
+    default: [compute/cuda/repos/]
   settings:
     description:
       - What is wanted, to decide by. The variables of the role P(gpufleet.llm.nvidia_driver#role) without their prefix, and its table of sources.
@@ -154,6 +159,13 @@ findings:
       description: Files of apt that name NVIDIA's repository.
       type: list
       elements: str
+    signed_by:
+      description: For each repository that apt knows its key, as C(Signed-By) names it, empty where no key is named.
+      type: dict
+    mixed_repositories:
+      description: Those of them that name others, too.
+      type: list
+      elements: str
     secure_boot:
       description: Whether the kernel takes signed modules only.
       type: bool
@@ -188,29 +200,34 @@ findings:
           elements: dict
 """
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia_host import Look
+from ansible_collections.gpufleet.llm.plugins.module_utils.nvidia_host import REPOSITORIES, Look
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import Program
 
 ARGUMENTS: dict[str, Any] = {
     "root": {"type": "str", "default": "/"},
     "hardware": {"type": "str", "default": "/"},
+    "repositories": {"type": "list", "elements": "str", "default": list(REPOSITORIES)},
     "settings": {"type": "dict"},  # the action keeps it
 }
 
 
-def look(root: Path, hardware: Path) -> dict[str, Any]:
+def look(root: Path, hardware: Path, repositories: Sequence[str] = REPOSITORIES) -> dict[str, Any]:
     """The findings."""
-    return Look(Program, root=root, hardware=hardware).findings()
+    return Look(Program, root=root, hardware=hardware, named=repositories).findings()
 
 
 def main() -> None:
     """Look, and tell."""
+    os.umask(0o022)
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
-    module.exit_json(changed=False, findings=look(Path(module.params["root"]), Path(module.params["hardware"])))
+    places = Path(module.params["root"]), Path(module.params["hardware"])
+    module.exit_json(changed=False, findings=look(*places, module.params["repositories"]))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ options:
     description: The uv program.
     type: path
     default: /usr/local/bin/uv
+  environment:
+    description: Environment of the download, such as C(HTTPS_PROXY).
+    type: dict
+    default: {}
 attributes:
   check_mode:
     description: Says whether the environment would be made.
@@ -47,29 +51,33 @@ EXAMPLES = r"""
 
 RETURN = r""" # """
 
+import os
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils.credentials import hidden
-from ansible_collections.gpufleet.llm.plugins.module_utils.uv_host import UvError, call_environment
+from ansible_collections.gpufleet.llm.plugins.module_utils.uv_host import UvError, adopt, call_environment
 
 ARGUMENTS: dict[str, Any] = {
     "path": {"type": "path", "required": True},
     "lock": {"type": "path", "required": True},
     "python": {"type": "str", "default": ">=3.11"},
     "uv": {"type": "path", "default": "/usr/local/bin/uv"},
+    "environment": {"type": "dict", "default": {}, "no_log": True},
 }
 SEARCH_PATH = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
 
 
 def main() -> None:
     """Make the environment unless it is there, and have uv compare its packages."""
+    os.umask(0o022)
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
     path, uv = module.params["path"], module.params["uv"]
     missing = not Path(path, "pyvenv.cfg").is_file()
     if module.check_mode:
         module.exit_json(changed=missing)
+    given = adopt(module.params["environment"])
     try:
         environment = SEARCH_PATH | call_environment()
     except UvError as problem:
@@ -90,7 +98,7 @@ def main() -> None:
     said = ""
     for command in commands:
         status, output, error = module.run_command(command, environ_update=environment, cwd="/")
-        said = hidden(error.strip() or output.strip(), *environment.values())
+        said = hidden(error.strip() or output.strip(), *environment.values(), *given)
         if status:
             module.fail_json(msg=f"{' '.join(command[:3])} ... ended with {status}: {said}")
     module.exit_json(changed=missing or "Installed" in said or "Uninstalled" in said)

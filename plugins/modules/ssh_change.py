@@ -179,6 +179,7 @@ ARGUMENTS: dict[str, Any] = {
 
 def main() -> None:
     """Do what the state asks for."""
+    os.umask(0o022)
     module = AnsibleModule(argument_spec=ARGUMENTS)
     given, guard = module.params, Guard()
     try:

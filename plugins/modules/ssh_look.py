@@ -139,6 +139,7 @@ pending:
   type: bool
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,7 @@ ARGUMENTS: dict[str, Any] = {
 
 def main() -> None:
     """Look, and tell."""
+    os.umask(0o022)
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
     if not Path(SSHD).exists():
         module.exit_json(changed=False, installed=False, good=False)

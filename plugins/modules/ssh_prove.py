@@ -62,6 +62,7 @@ proved:
   elements: str
 """
 
+import os
 import time
 from typing import Any
 
@@ -84,6 +85,7 @@ ACCEPTED = "Permission denied (publickey)"
 
 def main() -> None:
     """Connect from the host to itself."""
+    os.umask(0o022)
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
     proved = []
     for port in module.params["ports"] if module.params["stage"] == "after" else []:

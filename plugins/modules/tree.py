@@ -258,6 +258,7 @@ interrupted:
   type: str
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,7 @@ RULES: dict[str, Any] = {"required_if": [("state", "present", ["payload"])]}
 
 def main() -> None:
     """Do what the state asks for. The action plugin has made one `payload` of everything that says which files are wanted."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec=ARGUMENTS,
         **RULES,

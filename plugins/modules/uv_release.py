@@ -208,6 +208,7 @@ def ensure(parameters: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Run as an Ansible module."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec={
             "requirements": {"type": "str", "required": True},
@@ -230,7 +231,6 @@ def main() -> None:
     if before == parameters["requirements"]:
         module.exit_json(changed=False)
     result = {"changed": True, "diff": {"before": f"{before}\n", "after": f"{parameters['requirements']}\n"}}
-    os.umask(0o022)
     try:
         if not module.check_mode:
             result["source"] = ensure(parameters)

@@ -71,6 +71,7 @@ seconds:
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,7 @@ ARGUMENTS: dict[str, Any] = {
 
 def main() -> None:
     """Try it unless it is known to work."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec=ARGUMENTS,
         supports_check_mode=True,

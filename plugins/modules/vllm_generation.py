@@ -445,6 +445,7 @@ RULES: dict[str, Any] = {"required_if": [("state", "prepared", ["release"])]}
 
 def main() -> None:
     """Do what the state asks for."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec=ARGUMENTS,
         **RULES,

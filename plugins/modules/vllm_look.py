@@ -390,6 +390,7 @@ ARGUMENTS: dict[str, Any] = {
 
 def main() -> None:
     """Look, and tell."""
+    os.umask(0o022)
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
     module.exit_json(changed=False, findings=look(module))
 

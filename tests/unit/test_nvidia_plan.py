@@ -118,7 +118,8 @@ bare-debian12          | {source: debian, allow_insecure: true}     | install de
 bare-debian12          | {source: debian, debian_security_url: "x"} | install debian open 535       | nvidia-open-kernel-dkms
 bare-debian12          | {source: debian, branch: "580"}            | refuse                        | Debian's archive has the branch 535 for Debian 12, not 580
 bare-debian13          |                                            | refuse                        | Secure Boot is on, and the modules of NVIDIA's repository are built on the host
-bare-debian13          | mok_enrolled: true                         | install nvidia open 580       | linux-headers-amd64
+bare-debian13          | mok_enrolled: true                         | install nvidia open 595       | nvidia-driver-pinning-595 linux-headers-amd64
+bare-debian13          | {branch: "580", mok_enrolled: true}        | refuse                        | not known to have the branch 580 for Debian 13.
 bare-debian13          | {source: debian, mok_enrolled: true}       | refuse                        | gets no security fixes any more
 debian12-no-module     | {source: debian, flavour: proprietary}     | upgrade debian proprietary 535 | linux-headers-cloud-amd64
 debian12-no-module     | {source: debian, flavour: proprietary, state: absent} | remove             | packages of the driver are removed
@@ -221,6 +222,64 @@ def test_what_lacks_security_fixes_is_refused_where_it_is_known(
     assert (result["action"] == "refuse") == result["outdated"] == bool(refused)
     assert refused in result["reason"], result["reason"]
     assert not refused or "nvidia_driver_allow_insecure" in result["advice"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "variables", "available", "refused"),
+    [
+        ("bare-t4", {"source": "nvidia"}, [], ""),
+        ("bare-t4", {"source": "nvidia"}, ["nvidia-driver-pinning-580", "nvidia-driver-pinning-590"], ""),
+        ("bare-t4", {"source": "nvidia"}, ["nvidia-driver-pinning-590", "nvidia-driver-pinning-595", "nvidia-driver-pinning-595.71.05"],
+         "NVIDIA's repository has no branch 580 for Ubuntu 22.04, by the package lists of the host. It has 590, 595: nvidia_driver_branch."),
+        ("bare-t4", {"source": "nvidia", "version": "580.159.03"}, ["nvidia-driver-pinning-580", "nvidia-driver-pinning-580.159.03"], ""),
+        ("bare-t4", {"source": "nvidia", "version": "580.200.01"}, ["nvidia-driver-pinning-580", "nvidia-driver-pinning-580.95.05",
+         "nvidia-driver-pinning-580.159.03"], "Of the branch 580 it has 580.95.05, 580.159.03: nvidia_driver_version."),
+        ("bare-t4", {}, ["nvidia-utils-535-server", "nvidia-utils-580", "nvidia-utils-575-server"], "Ubuntu's archive has no branch 580"),
+        ("bare-t4", {}, ["nvidia-utils-580-server"], ""),
+        ("bare-debian13", {"mok_enrolled": True}, ["nvidia-driver-pinning-590"], "It has 590: nvidia_driver_branch."),
+    ],
+)  # fmt: skip
+def test_a_branch_that_the_source_does_not_have_is_refused_with_those_that_it_has(
+    machine: str, variables: dict[str, Any], available: list[str], refused: str, tmp_path: Path
+) -> None:
+    found = {**Machine(machine, tmp_path).findings(), "available": {name: offers("1") for name in available}}
+    result = decided(found, **variables)
+    assert (result["action"] == "refuse") == result["outdated"] == bool(refused)
+    assert refused in f"{result['reason']} {result['advice']}"
+
+
+def test_apt_is_asked_which_branches_there_are(tmp_path: Path) -> None:
+    found = Machine("bare-t4", tmp_path).findings()
+    assert "nvidia-utils-*" in nvidia_plan.to_ask(decided(found), settings(found["distribution"]))
+    assert "nvidia-driver-pinning-*" in nvidia_plan.to_ask(
+        decided(found, source="nvidia"), settings(found["distribution"])
+    )
+    assert nvidia_plan.to_ask(decided(found, state="absent"), settings(found["distribution"])) == []
+
+
+def test_headers_are_no_driver(tmp_path: Path) -> None:
+    """libnvidia-ml-dev comes with compilers: the host is as bare as before, and nobody holds or removes it."""
+    machine = Machine("bare-t4", tmp_path)
+    status = tmp_path / "var/lib/dpkg/status"
+    status.write_text(
+        f"{status.read_text()}\nPackage: libnvidia-ml-dev\nStatus: install ok installed\nMaintainer: Ubuntu\nArchitecture: amd64\n"
+        "Version: 12.0.140~12.0.1-4build4\n"
+    )
+    found = machine.findings()
+    assert found["origin"] == ""
+    assert decided(found)["action"] == "install"
+    assert not DRIVER_PACKAGE.match("libnvidia-ml-dev")
+
+
+def test_the_mark_of_who_looks_after_the_driver_lies_apart_from_settings(tmp_path: Path) -> None:
+    """Preferences of apt are for whoever looks after the host, too."""
+    machine = Machine("mig", tmp_path)
+    preferences = tmp_path / "etc/apt/preferences.d/50-vllm-fleet-nvidia"
+    assert machine.findings()["ours"], "of hosts from before there was a mark"
+    preferences.unlink()
+    assert not machine.findings()["ours"]
+    machine.write("var/lib/vllm-fleet/nvidia-driver", b"")
+    assert machine.findings()["ours"]
 
 
 def test_what_the_role_adds_on_the_way_is_known_when_it_is_there(tmp_path: Path) -> None:

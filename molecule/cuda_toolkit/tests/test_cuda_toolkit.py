@@ -41,6 +41,15 @@ def test_the_key_is_fetched_and_only_the_known_one_is_taken(host: Host) -> None:
     )
     refused(host, "cuda_toolkit", nvidia_driver_keyring_sha256="0" * 64)
     assert not host.package("cuda-nvcc-13-0").is_installed
+    # As apt_repository of an older playbook wrote it: with a key in one file and none in the other, every call of apt fails.
+    other = "/etc/apt/sources.list.d/developer_download_nvidia_com.list"
+    host.check_output(f"echo 'deb file:///srv/vendors/nvidia/ /' >{other}")
+    # And somebody else is at work with dpkg, which does not wait by itself.
+    lock = "import fcntl, time; file = open('/var/lib/dpkg/lock-frontend', 'w'); fcntl.lockf(file, fcntl.LOCK_EX); time.sleep(12)"
+    host.check_output(f'systemd-run --quiet --collect python3 -c "{lock}"')
     applied(host, "cuda_toolkit", nvidia_driver_keyring_sha256=digest)
     assert host.package("cuda-nvcc-13-0").is_installed
     assert host.package("cuda-keyring").is_installed
+    assert not host.file(other).exists
+    assert host.file(f"{other}.disabled").exists
+    host.check_output("apt-get update --error-on=any")

@@ -323,6 +323,21 @@ def test_a_newer_engine_is_kept_and_a_missing_version_refused(vendor: Host) -> N
     )
 
 
+def test_images_come_by_the_proxy_of_the_fleet(archive: Host) -> None:
+    """Nobody is there, so the engine says whom it wanted to ask. The address has a password, which is shown nowhere."""
+    proxy = {"http": "http://fleet:geheim1@127.0.0.1:9", "no_proxy": [".corp.example"]}
+    said = applied(archive, "docker", "--diff", fleet_proxy=proxy, docker_restart=True)
+    assert changed(said)
+    assert "geheim1" not in said
+    assert archive.file(FILE).mode == 0o600
+    assert "proxyconnect tcp: dial tcp 127.0.0.1:9" in archive.run("docker pull registry.example/image").stderr
+    assert info(archive)["NoProxy"].startswith("localhost,127.0.0.1,::1,")
+    assert info(archive)["NoProxy"].endswith(".corp.example")
+    assert not changed(applied(archive, "docker", fleet_proxy=proxy))
+    applied(archive, "docker", docker_restart=True)
+    assert info(archive)["HttpProxy"] == ""
+
+
 def test_another_key_and_another_file_for_the_same_repository_are_put_away(vendor: Host) -> None:
     """Two keys for one repository make every call of apt fail."""
     path = "/etc/apt/sources.list.d/docker.list"

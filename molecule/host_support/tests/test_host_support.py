@@ -56,3 +56,18 @@ def test_packages_are_installed_where_a_fresh_image_has_no_lists(host: Host) -> 
         cwd=ROOT, check=True,
     )  # fmt: skip
     assert host.exists("jq")
+
+
+def test_another_python3_by_alternatives_is_refused_and_the_own_one_works(host: Host) -> None:
+    """As one that was built by hand: without the distribution's modules, and so without apt's."""
+    own = host.check_output("readlink -f /usr/bin/python3")
+    built = f'#!/bin/sh\nexec {own} -S "$@"\n'
+    host.check_output(f"printf '%s' '{built}' >/usr/local/bin/python3.99 && chmod 0755 /usr/local/bin/python3.99")
+    host.check_output("ln -sfn /usr/local/bin/python3.99 /usr/bin/python3")
+    try:
+        told = refused(host, "host_support")
+        assert "/usr/bin/python3" in told
+        assert f"is /usr/local/bin/python3.99, which has no bindings for apt; that of the distribution is {own}" in told
+        applied(host, "host_support", ansible_python_interpreter=own)
+    finally:
+        host.check_output(f"ln -sfn {own.rpartition('/')[2]} /usr/bin/python3")
