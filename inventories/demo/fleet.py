@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Inventory of the demo fleet: the hosts that `make demo` started (.demo/fleet.json), or their names when none runs.
+"""Inventory of the demo fleet: the hosts that `make demo` started (.demo/fleet.json), or their names when none runs, and how to reach them.
 
 A file vars.json beside it has further variables of the hosts that run vLLM.
 """
@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-directory = Path(os.environ.get("DEMO_DIR") or Path(__file__).resolve().parents[2] / ".demo")
+directory = Path(os.environ.get("DEMO_DIR") or Path(__file__).resolve().parents[2] / ".demo").resolve()
 try:
     fleet = json.loads((directory / "fleet.json").read_text())
 except FileNotFoundError:
@@ -20,5 +20,14 @@ hostvars = {name: {"ansible_host": address} for hosts in fleet.values() for name
 if (further := directory / "vars.json").exists():
     for name in fleet["vllm"]:
         hostvars[name] |= json.loads(further.read_text())  # of each host, so that they win over what the group has
+# Not as templates in group_vars: Ansible renders what says how to connect for every task of every host.
+inventory["all"] = {
+    "vars": {
+        "demo_dir": str(directory),
+        "ansible_user": "fleet",
+        "ansible_ssh_private_key_file": str(directory / "id_ed25519"),
+        "ansible_ssh_common_args": f"-o IdentitiesOnly=yes -o UserKnownHostsFile={directory / 'known_hosts'}",
+    }
+}
 inventory["_meta"] = {"hostvars": hostvars}
 print(json.dumps(inventory))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleActionFail, AnsibleError
+from ansible.module_utils.common.yaml import yaml_load
 from ansible.plugins.action import ActionBase
 from ansible_collections.gpufleet.llm.plugins.module_utils import inputs
 from ansible_collections.gpufleet.llm.plugins.plugin_utils.preload import preload
@@ -52,9 +53,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             result.update(changed=False, problems=problems)
         return result
 
-    def _spec(self, role: Path) -> Mapping[str, Any]:
-        """The options of the role's main entry point."""
-        loaded = self._loader.load_from_file(str(role / "meta" / "argument_specs.yml"), cache="all", unsafe=False)
+    @staticmethod
+    def _spec(role: Path) -> Mapping[str, Any]:
+        """The options of the role's main entry point. Ansible's own loader takes ten times as long: it notes where each value stands."""
+        loaded = yaml_load((role / "meta" / "argument_specs.yml").read_text())
         options: Mapping[str, Any] = loaded["argument_specs"]["main"].get("options") or {}
         return options
 

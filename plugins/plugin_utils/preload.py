@@ -11,6 +11,7 @@ it forks (action_loader.get(..., class_only=True)), which is when preload() is c
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 from pathlib import Path
@@ -19,8 +20,12 @@ PLUGINS = Path(__file__).parents[1]
 
 
 def preload() -> None:
-    """Import all filters and modules, unless this is a worker."""
+    """Import all filters, and the modules that are run quickly, unless this is a worker."""
     if multiprocessing.parent_process() is None:
-        for kind in ("filter", "modules"):
-            for file in sorted((PLUGINS / kind).glob("*.py")):
+        # A module is run quickly when there is an action of its name; others are read by nobody here.
+        for directory, kind in (("filter", "filter"), ("action", "modules")):
+            for file in sorted((PLUGINS / directory).glob("*.py")):
                 importlib.import_module(f"ansible_collections.gpufleet.llm.plugins.{kind}.{file.stem}")
+        # What is there now, playbooks and roles too, stays until the end. A worker whose garbage collector looked at all of it would make a
+        # copy of the memory that it shares with ansible-playbook.
+        gc.freeze()

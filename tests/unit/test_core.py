@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from ansible import constants
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.module_utils.common.parameters import remove_values
+from ansible.module_utils.common.yaml import yaml_load
 from ansible.module_utils.errors import UnsupportedError
 from ansible.parsing.dataloader import DataLoader
 from ansible.playbook.play_context import PlayContext
@@ -44,7 +46,6 @@ CALLS: list[tuple[Callable[..., Any], list[Any], dict[str, Any]]] = [
     (ActionBase.validate_argument_spec, [{}], {}),
     (BecomeBase.build_become_command, ["command", None], {}),
     (BecomeBase.check_password_prompt, [b""], {}),
-    (DataLoader.load_from_file, ["name"], {"cache": "all", "unsafe": False}),
     (Role.get_name, [], {"include_role_fqcn": False}),
 ]
 # Writes down which process loads which of our files. Enabled, it stands before the loader of collections does its work.
@@ -66,6 +67,14 @@ class CallbackModule(CallbackBase):
     CALLBACK_VERSION = 2.0
     CALLBACK_TYPE = "aggregate"
     CALLBACK_NAME = "loaded"
+"""
+# Says in a worker how many objects its garbage collector leaves alone.
+FROZEN = """
+import gc
+
+class FilterModule:
+    def filters(self):
+        return {"frozen": lambda text: text % gc.get_freeze_count()}
 """
 
 
@@ -147,6 +156,10 @@ def test_the_interpreter_of_a_host_is_asked_of_the_configuration() -> None:
     assert constants.config.get_config_value("INTERPRETER_PYTHON", variables=asked) == "/opt/python"
 
 
+def test_yaml_is_loaded_without_marks_of_where_it_stands() -> None:
+    assert type(yaml_load("a: [b]")["a"][0]) is str
+
+
 def test_ansible_playbook_can_be_loaded_once_and_run_often() -> None:
     """tests/playbooks.py"""
     assert callable(ansible.cli.playbook.main)
@@ -159,7 +172,12 @@ def test_workers_load_no_module_and_no_filter_of_ours_again(tmp_path: Path) -> N
     (tmp_path / "callbacks/loaded.py").write_text(LOADED)
     task = {"gpufleet.llm.host_facts": {"gather": ["system"]}}
     told = {"ansible.builtin.debug": {"msg": "{{ ['a.example'] | gpufleet.llm.uncovered_names(['a.example']) }}"}}
-    (tmp_path / "play.yml").write_text(json.dumps([{"hosts": "all", "gather_facts": False, "tasks": [task, told]}]))
+    (tmp_path / "filter_plugins").mkdir()
+    (tmp_path / "filter_plugins/frozen.py").write_text(FROZEN)
+    frozen = {"ansible.builtin.debug": {"msg": "{{ 'frozen: %d' | frozen }}"}}
+    (tmp_path / "play.yml").write_text(
+        json.dumps([{"hosts": "all", "gather_facts": False, "tasks": [task, told, frozen]}])
+    )
     environment = {
         **os.environ,
         "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
@@ -170,6 +188,9 @@ def test_workers_load_no_module_and_no_filter_of_ours_again(tmp_path: Path) -> N
     variables = json.dumps({"ansible_connection": "local", "ansible_python_interpreter": sys.executable})
     done = playbook("-i", "one,two,", "-e", variables, tmp_path / "play.yml", environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
+    counts = [int(count) for count in re.findall(r"frozen: (\d+)", done.stdout)]
+    assert len(counts) == 2
+    assert min(counts) > 50_000, "the garbage collector of a worker looks at what ansible-playbook has loaded"
     lines = [line.split() for line in (tmp_path / "loaded").read_text().splitlines()]
     ours = [(pid, name) for pid, name in lines if ".llm.plugins.filter." in name or ".llm.plugins.modules." in name]
     assert {name.rpartition(".")[2] for _pid, name in ours} >= {"host_facts", "gateway", "vllm", "fleet"}

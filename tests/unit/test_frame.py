@@ -241,10 +241,21 @@ def test_role_has_a_scenario(role: str) -> None:
 # --- playbooks and inventories --------------------------------------------------------------------------------------
 
 
+def played(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The tasks of a playbook, with their plays. What is included, so that its own tags count, is looked into."""
+    for play in load(path):
+        for task in play.get("tasks", []):
+            if file := task.get("ansible.builtin.include_tasks"):
+                assert task["tags"] == ["always"], f"{path.name}: --skip-tags would leave out all of {file}"
+                yield from ((inner, play) for inner in load(path.parent / file))
+            else:
+                yield task, play
+
+
 def test_playbooks_name_roles_by_fqcn_with_a_tag_of_their_name() -> None:
     seen, wrong = set(), []
     for path in sorted((ROOT / "playbooks/plays").glob("*.yml")):
-        for task, tags in ((task, play.get("tags", [])) for play in load(path) for task in play.get("tasks", [])):
+        for task, play in played(path):
             role = task.get("ansible.builtin.import_role") or task.get("ansible.builtin.include_role") or {}
             if "apply" in role:
                 assert role["apply"] == {"tags": task["tags"]}, "else its tasks have no tag"
@@ -252,7 +263,7 @@ def test_playbooks_name_roles_by_fqcn_with_a_tag_of_their_name() -> None:
                 continue
             namespace, collection, name = role["name"].split(".")
             seen.add(name)
-            if (namespace, collection) != ("gpufleet", "llm") or task.get("tags", tags) != [name]:
+            if (namespace, collection) != ("gpufleet", "llm") or task.get("tags", play.get("tags")) != [name]:
                 wrong.append(f"{path.name}: {task['name']}")
     assert wrong == []
     assert seen == set(ROLES) - {"host_support"}, (
@@ -262,16 +273,18 @@ def test_playbooks_name_roles_by_fqcn_with_a_tag_of_their_name() -> None:
 
 def test_one_table_says_which_host_gets_which_role() -> None:
     """The plays have its roles in its order, each under its condition; where all hosts of a play get a role, that goes without saying."""
-    table = list(load(ROOT / "playbooks/vars/roles.yml")["fleet_roles"])
+    table = list(load(ROOT / "playbooks/group_vars/all/roles.yml")["fleet_roles"])
     assert sorted(table) == sorted(set(ROLES) - {"host_support"})
-    played = []
+    assert (ROOT / "playbooks/plays/group_vars").readlink() == Path("../group_vars"), "plays see what is beside them"
+    for path in (ROOT / "playbooks").rglob("*.yml"):
+        assert "vars_files:" not in path.read_text(), f"{path.name}: it would be read for each task of each host"
+    roles = []
     for name in ("provision", "serve", "gateway"):
-        for play in load(ROOT / f"playbooks/plays/{name}.yml"):
-            for task in play["tasks"]:
-                [role] = task.get("tags", play.get("tags"))
-                played.append(role)
-                assert task.get("when", f"fleet_roles.{role}") == f"fleet_roles.{role}"
-    assert list(dict.fromkeys(played)) == table
+        for task, play in played(ROOT / f"playbooks/plays/{name}.yml"):
+            [role] = task.get("tags", play.get("tags"))
+            roles.append(role)
+            assert task.get("when", f"fleet_roles.{role}") == f"fleet_roles.{role}"
+    assert list(dict.fromkeys(roles)) == table
 
 
 def test_every_variable_that_a_playbook_reads_is_described() -> None:
