@@ -182,7 +182,8 @@ def test_a_check_that_needs_a_wrong_shape_is_not_asked_and_the_others_are(role: 
     assert "2 problems" in done.stdout
     assert "- shop_port is ['many'], but must be a whole number" in done.stdout
     assert "- longer is too long" in done.stdout
-    assert "does not fit" not in done.stdout
+    done = play(role, shop_name=["one", "two", "three", "four", "five"])
+    assert "1 problem with" in done.stdout, "its length is that of a list, and says nothing"
 
 
 def test_a_value_that_a_check_cannot_read_is_told_with_its_variable(role: Path) -> None:

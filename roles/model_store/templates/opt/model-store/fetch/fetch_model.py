@@ -153,7 +153,8 @@ def main() -> int:
     """Try a few times what a network can break, and say how it ended."""
     credentials = Path(os.environ["CREDENTIALS_DIRECTORY"])
     job = Job(*(json.loads((credentials / name).read_text()) for name in ("job", "secrets")))
-    os.environ.update(job.wanted["environment"])
+    # Files come by HTTP where Xet cannot be reached for a minute; it would try for four.
+    os.environ.update({"HF_XET_CLIENT_RETRY_MAX_DURATION": "60s"} | job.wanted["environment"])
     os.environ.update(environment(job))
     job.say()
     kind = "peer" if job.wanted["peer"] else job.wanted["source"]

@@ -40,6 +40,7 @@ class HuggingFace(Source):
     def look(self) -> tuple[str, dict[str, File]]:
         """Ask the hub what there is, and tell apart why it may not be had."""
         repository, revision, endpoint = self.repository, self.revision, self.endpoint
+        self.xet = True  # each attempt tries it again: the hub gives files of more than 50 GB in no other way
         try:
             info = self.hub.model_info(repository, revision=revision, files_metadata=True)
             # The description of a gated repository is public; only asking for a file tells whether it may be had.
