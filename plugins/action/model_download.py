@@ -31,12 +31,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if started.get("attached"):
             display.display(f"{name} is already on its way; watching it")
         progress = Progress()
-        environment = map(str, arguments.get("environment", {}).values())
+        environment = [str(value) for value in arguments.get("environment", {}).values()]
         # The module that only looks needs nothing that is secret.
         secret = ("token", "headers", "queries", "environment")
         quiet = {key: value for key, value in arguments.items() if key not in secret}
         shown = time.monotonic()
-        pause = 0.5
+        pause, selection = 0.5, ""
         while True:
             time.sleep(pause)
             pause = min(pause * 1.5, 5.0, interval)
@@ -44,14 +44,19 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             if state.get("failed") or state.get("unreachable"):
                 result.update(state)
                 return result
+            state["message"] = hidden(state.get("message", ""), *environment)
+            if selection != state.get("selection", ""):
+                selection = state["selection"]
+                display.display(f"{name} {selection}")
             if state["state"] in ("done", "failed"):
                 break
             progress.add(time.monotonic(), state["done"])
             if time.monotonic() - shown >= interval:
                 shown = time.monotonic()
-                display.display(f"{name} {progress.line(state['state'], state['done'], state['total'])}")
-        result.update(changed=True, state=state["state"], done=state["done"], total=state["total"])
-        state["message"] = hidden(state.get("message", ""), *environment)
+                display.display(
+                    f"{name} {progress.line(state['state'], state['done'], state['total'], state['message'])}"
+                )
+        result.update(changed=True, state=state["state"], done=state["done"], total=state["total"], selection=selection)
         if state["state"] == "failed" and arguments.get("peer"):
             # A warning: it can still come from where it came from first, which goes on with what has arrived.
             result["warnings"] = [f"{name} is not copied from another host: {state['message']}"]

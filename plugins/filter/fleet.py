@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
-from ansible.errors import AnsibleError, AnsibleFilterError
+from ansible.errors import AnsibleFilterError
 from ansible_collections.gpufleet.llm.plugins.module_utils import fleet, inputs
-from jinja2 import UndefinedError
-
-SPECS = "roles/*/meta/argument_specs.yml"
+from ansible_collections.gpufleet.llm.plugins.plugin_utils import specs
 
 
 def fleet_address(hostvars: fleet.HostVars, host: str) -> str:
@@ -42,18 +38,21 @@ def bind_address_problems(hostvars: fleet.HostVars, host: str, gateways: Sequenc
 def fleet_variable_problems(hostvars: fleet.HostVars, hosts: Sequence[str]) -> list[str]:
     """What is wrong with the variables of hosts that are not contacted. What cannot be read without their facts is left out."""
     found: dict[str, list[str]] = {}
-    for file in sorted(Path(__file__).resolve().parents[2].glob(SPECS)) if hosts else []:
-        role, loaded = file.parents[1].name, yaml.safe_load(file.read_text())
-        spec = loaded["argument_specs"]["main"].get("options") or {}
-        for host in hosts:
-            problems = inputs.name_problems(role, spec, hostvars[host])
-            for name in set(spec) & set(hostvars[host]):
-                try:
-                    problems += inputs.value_problems(name, hostvars[host][name], spec[name])
-                except (AnsibleError, UndefinedError):  # the second inside of a list or a dictionary
-                    continue
-            for problem in problems:
-                found.setdefault(problem, []).append(host)
+    for host in hosts:
+        misspelt = [
+            text for role, spec in specs.roles().items() for text in inputs.name_problems(role, spec, hostvars[host])
+        ]
+        for problem in misspelt + specs.problems(set(hostvars[host]), hostvars[host]):
+            found.setdefault(problem, []).append(host)
+    return [f"{', '.join(named)}: {problem}" for problem, named in sorted(found.items())]
+
+
+def fleet_shared_problems(hostvars: fleet.HostVars, hosts: Sequence[str]) -> list[str]:
+    """What is wrong with the shape of the variables that plays read before a role has looked at its own."""
+    found: dict[str, list[str]] = {}
+    for host in hosts:
+        for problem in specs.problems(specs.shared(), hostvars[host], told=specs.without_facts):
+            found.setdefault(problem, []).append(host)
     return [f"{', '.join(named)}: {problem}" for problem, named in sorted(found.items())]
 
 
@@ -69,5 +68,6 @@ class FilterModule:
                 bind_address,
                 bind_address_problems,
                 fleet_variable_problems,
+                fleet_shared_problems,
             )
         }

@@ -42,7 +42,11 @@ def sysctl_problems(settings: Mapping[str, Any], name: str) -> list[str]:
             problems.append(
                 f"{name} has {key}: a container engine switches forwarding on itself, and a host without one is no router; leave it out"
             )
-        elif isinstance(value, bool) or not re.fullmatch(r"[A-Za-z0-9_./:-]+( [A-Za-z0-9_./:-]+)*", str(value)):
+        elif (
+            value is None
+            or isinstance(value, bool)
+            or not re.fullmatch(r"[A-Za-z0-9_./:-]+( [A-Za-z0-9_./:-]+)*", str(value))
+        ):
             problems.append(
                 f"{name}: the value of {key} is {value!r}; it must be a number, or words with a blank between them"
             )

@@ -206,7 +206,18 @@ def problems(asked: Mapping[str, Any], addresses: Iterable[str]) -> list[str]:
         found.append(
             f"docker_version is {version!r}; it is a version such as 28.5.2, or of the package, such as 5:28.5.2-1~debian.13~trixie"
         )
-    for key in sorted(set(asked["daemon_options"]) & set(FORBIDDEN)):
+    found += [
+        f"docker_minimum_versions has {floor!r} for {name}; it takes a version such as 5:28.3.3 for each package of a source"
+        for floors in asked.get("minimum_versions", {}).values()
+        for name, floor in floors.items()
+        if isinstance(floor, list | dict) or floor is None or not is_version(str(floor))
+    ]
+    for key, value in asked["daemon_options"].items():
+        if not isinstance(key, str) or value is None:
+            found.append(
+                f"docker_daemon_options has {key!r}: {value!r}; it takes options of dockerd, such as log-driver, with their values"
+            )
+    for key in sorted({key for key in asked["daemon_options"] if isinstance(key, str)} & set(FORBIDDEN)):
         if key != "iptables" or not asked["daemon_options"][key]:
             found.append(f"docker_daemon_options has {key}: {FORBIDDEN[key]}; leave it out")
     pools = []

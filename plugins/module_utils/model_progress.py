@@ -38,8 +38,10 @@ class Progress:
         (first, before), (last, after) = self.seen[0], self.seen[-1]
         return max(after - before, 0) / (last - first) if last > first else 0.0
 
-    def line(self, state: str, done: int, total: int) -> str:
-        """Such as `3.2 of 15.2 GB, 410 MB/s, about 30 s left`."""
+    def line(self, state: str, done: int, total: int, message: str = "") -> str:
+        """Such as `3.2 of 15.2 GB, 410 MB/s, about 30 s left`, or what it waits for."""
+        if state == "waiting":
+            return message
         if state != "downloading" or not total:
             return {"checking": "asking what there is", "verifying": "verifying what arrived"}.get(state, state)
         limit, unit = size(total)

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from ansible_collections.gpufleet.llm.plugins.module_utils.model_layout import code_problem, pointer_problem
+
 MANIFEST = ".model.json"
 # A model has one of these: that of transformers, or that of Mistral's own format.
 MODEL_CONFIGS = ("config.json", "params.json")
@@ -26,12 +28,10 @@ CONFIGS = (*MODEL_CONFIGS, "adapter_config.json", *TOKENIZER_FILES)
 # By source, what an entry of model_store_models may say beside its name and source.
 HUBS = ("huggingface", "modelscope")
 KEYS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(HUBS, ("repository", "revision", "include", "exclude")),
-    "url": ("files",),
-    "path": ("path", "copy", "revision"),
+    **dict.fromkeys(HUBS, ("repository", "revision", "include", "exclude", "code")),
+    "url": ("files", "code"),
+    "path": ("path", "copy", "revision", "code"),
 }
-# Other formats of the same weights, which vLLM does not read: a third to three quarters of many a repository.
-EXCLUDE = ("*.pth", "*.pt", "original/*", "*.onnx", "onnx/*", "*.gguf")
 Model = dict[str, Any]
 
 
@@ -57,6 +57,7 @@ def problems(models: Sequence[Model], allow_moving: bool = False) -> list[str]:
         # A key that no source has is told by check_inputs.
         for key in sorted(set(model) & set().union(*KEYS.values()) - set(KEYS[source])):
             found.append(f"{name}: `{key}` means nothing for source {source}; it takes {listed(KEYS[source])}")
+        found += _code_problems(name, model, allow_moving)
         if source == "path":
             found += _path_problems(name, model)
         elif source == "url":
@@ -89,6 +90,22 @@ def _hub_problems(name: str, model: Model, allow_moving: bool) -> list[str]:
     return found
 
 
+def _code_problems(name: str, model: Model, allow_moving: bool) -> list[str]:
+    """Repositories of code are pinned as the model is. What is not on a hub has its code beside it."""
+    code = model.get("code") or []
+    if code and model["source"] not in HUBS:
+        return [
+            f"{name}: code takes [] for source {model['source']}; the .py files belong beside the model's config.json"
+        ]
+    found = [sentence for entry in code for sentence in _hub_problems(name, entry, allow_moving)]
+    return [sentence.replace(f"{name}: ", f"{name}: code: ", 1) for sentence in found]
+
+
+def unfit(name: str, directory: Path, model: Model) -> str:
+    """Why what is in a directory cannot be served, or nothing: a clone without git-lfs, or code that is elsewhere."""
+    return pointer_problem(name, directory) or ("" if model.get("code") == [] else code_problem(name, directory))
+
+
 def _path_problems(name: str, model: Model) -> list[str]:
     path, revision = str(model.get("path") or ""), str(model.get("revision") or "")
     if not path.startswith("/"):
@@ -100,6 +117,8 @@ def _path_problems(name: str, model: Model) -> list[str]:
             f"{name}: there is no {path}/config.json on the controller, nor what else makes a model (params.json), a LoRA adapter "
             "(adapter_config.json) or a tokenizer (with `copy: false`, it is one on the host)"
         ]
+    if model.get("copy") and (problem := unfit(name, Path(path), model)):
+        return [problem]
     return []
 
 
@@ -202,8 +221,6 @@ def plan(models: Sequence[Model]) -> list[Model]:
     planned = []
     for model in models:
         entry = {"copy": False, "revision": "", **model, "directory": "", "size": 0}
-        if model["source"] in HUBS:
-            entry = {"exclude": list(EXCLUDE), **entry}
         if model["source"] == "url":
             # Named by what it holds: the same files from another mirror, or by a newer signature, are the same revision.
             entry["files"] = [
@@ -219,6 +236,9 @@ def plan(models: Sequence[Model]) -> list[Model]:
         if model["source"] != "path" or entry["copy"]:
             # the name of a branch may hold a slash
             entry["directory"] = f"{model['name']}-{re.sub(r'[^A-Za-z0-9._-]', '-', str(entry['revision']))[:12]}"
+        if entry.get("code"):
+            pinned = "".join(f"{item['repository']}@{item['revision']}\n" for item in entry["code"])
+            entry["directory"] += f"-{hashlib.sha256(pinned.encode()).hexdigest()[:6]}"
         planned.append(entry)
     return planned
 
@@ -227,5 +247,7 @@ def asks_for(model: Model) -> dict[str, Any]:
     """What decides which files a model from elsewhere has. Its manifest says the same."""
     return {
         **{key: str(model.get(key) or "") for key in ("source", "repository", "revision")},
-        **{key: list(model.get(key) or []) for key in ("include", "exclude")},
+        "include": list(model.get("include") or []),
+        # Unlike [], none of these means: as the layout says, and as the model itself says.
+        **{key: model.get(key) for key in ("exclude", "code")},
     }

@@ -12,6 +12,8 @@ description:
   - To be used by a task of a role. Runs on the controller and changes nothing.
   - Compares the role's variables with the role's C(meta/argument_specs.yml), entries of lists and their keys included; names variables that
     look like a misspelt one of the role, and those that have a new name; then evaluates the given checks.
+  - A check that needs a variable which has been told already, also through other variables, is not asked. Numbers and truths that came as text are
+    compared as what the argument spec says that they are.
   - While the variable C(check_inputs_collect) is true, nothing fails and what is wrong is only returned. Outside of a role only the given
     checks are made. So a playbook finds the mistakes of many roles in one go, and fails once, with all of them.
   - Every sentence names the variable, what is wrong with it and what would be right. The values of options with C(no_log) are never told.

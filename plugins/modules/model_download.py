@@ -104,7 +104,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 state:
-  description: How it ended, or goes. One of checking, downloading, verifying, done, failed.
+  description: How it ended, or goes. One of checking, waiting, downloading, verifying, done, failed.
   type: str
   returned: success
 done:
@@ -114,6 +114,10 @@ done:
 total:
   description: Bytes of the model.
   type: int
+  returned: success
+selection:
+  description: How many files are fetched, and which are left out and why. Empty when all are.
+  type: str
   returned: success
 """
 
@@ -145,7 +149,7 @@ def said(parameters: dict[str, Any]) -> dict[str, Any]:
         known: dict[str, Any] = json.loads(status_file(parameters).read_text())
         return known
     except (OSError, ValueError):
-        return {"state": "checking", "done": 0, "total": 0, "message": ""}
+        return {"state": "checking", "done": 0, "total": 0, "message": "", "selection": ""}
 
 
 def job_of(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +169,8 @@ def job_of(parameters: dict[str, Any]) -> dict[str, Any]:
         "repository": model.get("repository") or "",
         "revision": model["revision"],
         "include": model.get("include") or [],
-        "exclude": model.get("exclude") or [],
+        "exclude": model.get("exclude"),
+        "code": model.get("code"),
         "files": files,
         "staging": str(Path(parameters["path"]) / ".partial" / model["directory"]),
         "status": str(status_file(parameters)),
@@ -266,7 +271,7 @@ def main() -> None:
     )
     only_passwords(module, *map(str, module.params["environment"].values()))
     if module.check_mode:
-        module.exit_json(changed=True, state="checking", done=0, total=0)
+        module.exit_json(changed=True, state="checking", done=0, total=0, selection="")
     download = Download(module)
     if module.params["action"] == "start":
         module.exit_json(**download.start())

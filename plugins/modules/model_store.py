@@ -93,7 +93,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_progress import amount
-from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import Model, ModelError, is_model
+from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import Model, ModelError, is_model, unfit
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_store_host import (
     link,
     manifest_of,
@@ -184,6 +184,8 @@ class Store:
                     f"{name}: there is no {model['path']}/config.json on this host; is the disk mounted? "
                     "(Instead of it, a model may have a params.json, a LoRA adapter has an adapter_config.json, a tokenizer its own files.)"
                 )
+            if problem := unfit(name, Path(model["path"]), model):
+                raise ModelError(problem)
             self.point(name, model["path"])
             return
         if manifest_of(self.path / ".revisions" / directory) is None:

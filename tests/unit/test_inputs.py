@@ -42,6 +42,10 @@ SPEC: dict[str, Any] = {
         ("shop_tags", "one, two", "shop_tags is 'one, two', but must be a list"),
         ("shop_tags", [{"a": 1}], "shop_tags[0] is {'a': 1}, but must be text"),
         ("shop_secret", ["hunter2"], "shop_secret must be text"),
+        ("shop_items", None, "shop_items has no value; it must be a list, or be left out"),
+        ("shop_items", [None], "shop_items[0] has no value; it must be a dictionary, or be left out"),
+        ("shop_port", True, "shop_port is True, but must be a whole number"),
+        ("shop_size", False, "shop_size is False, but must be text, in quotes"),
         ("shop_items", [{"nam": "x"}], "shop_items[0]: key 'nam' is unknown; did you mean name?"),
         ("shop_items", [{"price": 1}], "shop_items[0]: name is missing; it is: Name of the item"),
         ("shop_items", [{"name": "x", "price": "dear"}], "shop_items[0] (x): price is 'dear', but must be a number"),
@@ -73,6 +77,19 @@ def test_misspelt_and_renamed_variables_are_told(monkeypatch: pytest.MonkeyPatch
         "shop_item is not a variable of the role shop; did you mean shop_items?",
         "shop_prot is not a variable of the role shop; did you mean shop_port?",
     ]
+
+
+def test_the_environment_of_a_program_is_text_by_name() -> None:
+    spec = {"type": "dict"}
+    assert inputs.value_problems("shop_environment", {"HTTPS_PROXY": "http://p:3128", "N": 1, "B": True}, spec) == []
+    (problem,) = inputs.value_problems("shop_environment", {"HTTPS_PROXY": ["http://me:secret@p"]}, spec)
+    assert problem == "shop_environment: HTTPS_PROXY is a list, but must be text"
+
+
+def test_what_an_expression_leads_to_is_found_through_templates() -> None:
+    variables = {"a": "{{ b.x }}", "b": {"x": "{{ c }}"}, "c": 1, "d": "no template: c", "hostvars": {"h": "{{ d }}"}}
+    assert inputs.leads_to("a | length > 0", variables) == {"a", "b", "c"}
+    assert inputs.leads_to(["d == 1", "{{ hostvars }}"], variables) == {"d", "hostvars"}
 
 
 @pytest.fixture
@@ -153,3 +170,49 @@ def test_a_missing_secret_is_told_by_the_variable_that_needs_it(role: Path) -> N
         "- shop_name cannot be read: 'vault_shop_name' is undefined; a secret of that name may be missing"
         in done.stdout
     )
+
+
+def test_what_comes_as_text_from_the_command_line_is_compared_as_a_number(role: Path) -> None:
+    assert play(role, shop_port="9").returncode == 0
+    assert "- shop_port is 11; it must be below 10." in play(role, shop_port="11").stdout
+
+
+def test_a_check_that_needs_a_wrong_shape_is_not_asked_and_the_others_are(role: Path) -> None:
+    done = play(role, shop_port=["many"], shop_name="longer")
+    assert "2 problems" in done.stdout
+    assert "- shop_port is ['many'], but must be a whole number" in done.stdout
+    assert "- longer is too long" in done.stdout
+    done = play(role, shop_name=["one", "two", "three", "four", "five"])
+    assert "1 problem with" in done.stdout, "its length is that of a list, and says nothing"
+
+
+def test_a_value_that_a_check_cannot_read_is_told_with_its_variable(role: Path) -> None:
+    done = play(role, shop_name="{{ vault")
+    assert "- shop_name cannot be read: unexpected end of template" in " ".join(done.stdout.split())
+    assert "text with braces is a template for Ansible, unless it is marked with !unsafe" in " ".join(
+        done.stdout.split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({"vllm_instances": None}, "vllm_instances has no value; it must be a list, or be left out"),
+        ({"fleet_skip_roles": 5}, "fleet_skip_roles is 5, but must be a list"),
+        ({"vllm_device": "{{ nobody }}"}, "vllm_device cannot be read: 'nobody' is undefined"),
+    ],
+)
+def test_what_decides_about_roles_is_looked_at_before_them(
+    tmp_path: Path, variables: dict[str, Any], problem: str
+) -> None:
+    """Of any host of the run, and before one of them is asked."""
+    dead = {"ansible_connection": "ssh", "ansible_host": "127.0.0.1", "ansible_port": 1}
+    hosts = {"good": dead, "bad": {**dead, **variables}}
+    (tmp_path / "hosts.json").write_text(
+        json.dumps({"all": {"children": {"vllm": {"hosts": hosts}, "gateway": {"hosts": {"good": {}}}}}})
+    )
+    done = playbook("-i", tmp_path / "hosts.json", "site.yml", "--tags", "preflight")
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 2
+    assert f"- bad: {problem}" in said
+    assert "UNREACHABLE" not in said

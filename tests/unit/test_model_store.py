@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.gpufleet.llm.plugins.module_utils import model_progress
+from ansible_collections.gpufleet.llm.plugins.module_utils import model_layout, model_progress
 from ansible_collections.gpufleet.llm.plugins.module_utils import model_store as rules
 from ansible_collections.gpufleet.llm.plugins.modules import model_download
 from ansible_collections.gpufleet.llm.plugins.modules import model_store as module
@@ -68,7 +68,7 @@ def copied(source: Path, **more: Any) -> dict[str, Any]:
         (hub(source="modelscope", revision="master"), "revision is `master`; it takes the 40 hexadecimal digits"),
         (
             hub(files=[]),
-            "tiny: `files` means nothing for source huggingface; it takes repository, revision, include and",
+            "tiny: `files` means nothing for source huggingface; it takes repository, revision, include, exclude and code",
         ),
         (url(revision=COMMIT), "tiny: `revision` means nothing for source url; it takes files"),
         (url(files=[]), "tiny: files is `[]`; it takes a list of entries with url and sha256"),
@@ -182,13 +182,92 @@ def test_the_fingerprint_follows_the_content(source: Path) -> None:
     assert rules.fingerprint(source) != before
 
 
-def test_the_default_of_exclude_is_the_documented_one() -> None:
+def test_what_is_not_said_differs_from_an_empty_list() -> None:
     specs = yaml.safe_load((ROOT / "roles/model_store/meta/argument_specs.yml").read_text())
     options = specs["argument_specs"]["main"]["options"]["model_store_models"]["options"]
-    assert options["exclude"]["default"] == list(rules.EXCLUDE)
-    assert rules.plan([hub()])[0]["exclude"] == list(rules.EXCLUDE)
-    assert rules.plan([hub(exclude=[])])[0]["exclude"] == []
     assert options["source"]["choices"] == list(rules.KEYS)
+    for key in ("exclude", "code"):
+        assert "default" not in options[key]
+        assert (rules.asks_for(hub())[key], rules.asks_for(hub(**{key: []}))[key]) == (None, [])
+
+
+def test_another_pin_of_code_is_another_revision() -> None:
+    pins: list[Any] = [None, [], *([{"repository": "a/b", "revision": digit * 40}] for digit in "ab")]
+    directories = [rules.plan([hub(code=pin)])[0]["directory"] for pin in pins]
+    assert directories[0] == directories[1] == f"tiny-{COMMIT[:12]}"
+    assert len(set(directories)) == 3
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+
+
+def test_a_clone_without_git_lfs_is_no_model(tmp_path: Path, source: Path) -> None:
+    """From the controller: in the preflight. On the host: before the name is given. Small weights are none."""
+    (source / "model-1.safetensors").write_bytes(b"small")
+    assert rules.problems([copied(source)]) == []
+    (source / "model-1.safetensors").write_text(POINTER)
+    (source / "model-2.safetensors").write_text(POINTER)
+    wanted = f"tiny: model-1.safetensors and 1 more in {source} is a pointer of Git LFS and not the file itself"
+    (said,) = rules.problems([copied(source)])
+    assert said.startswith(f"model_store_models: {wanted}")
+    assert said.endswith("run `git lfs pull` there")
+    with pytest.raises(rules.ModelError, match="is a pointer of Git LFS"):
+        Keeper(tmp_path).run({"name": "tiny", "source": "path", "path": str(source)})
+
+
+def test_a_directory_that_leads_to_code_elsewhere_is_named(tmp_path: Path, source: Path) -> None:
+    (source / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["acme/code--t.Slow", null]}}')
+    (said,) = rules.problems([copied(source)])
+    assert "tokenizer_config.json takes code from acme/code, which vLLM would ask the hub for" in said
+    assert rules.problems([copied(source, code=[])]) == []
+    linked = {"name": "tiny", "source": "path", "path": str(source)}
+    with pytest.raises(rules.ModelError, match="takes code from acme/code"):
+        Keeper(tmp_path).run(linked)
+    assert Keeper(tmp_path).run({**linked, "code": []}).changed
+
+
+def test_code_is_pinned_as_models_are() -> None:
+    said = rules.problems([hub(code=[{"repository": "acme/code", "revision": "main"}])])
+    assert any(
+        "tiny: code: revision is `main`; it takes the 40 hexadecimal digits of a commit" in text for text in said
+    )
+    assert any("code takes [] for source url" in text for text in rules.problems([url(code=[{"repository": "a/b"}])]))
+
+
+WEIGHTS = "model.safetensors"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("names", "indexed", "left"),
+    [
+        ((WEIGHTS, "consolidated.safetensors", "params.json"), (), ("consolidated.safetensors",)),
+        (("consolidated.safetensors", "params.json", "tekken.json"), (), ()),
+        ((*SHARDS, WEIGHTS, "adapter_model.safetensors"), SHARDS, (WEIGHTS,)),
+        ((WEIGHTS, "pytorch_model-1.bin", "training_args.bin", "1_Dense/pytorch_model.bin"), (), ("pytorch_model-1.bin",)),
+        ((WEIGHTS, "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin"), (), ("2_Dense/pytorch_model.bin",)),
+        (("pytorch_model.bin", "onnx/model.onnx", "m.gguf", "sparse_linear.pt"), (), ("onnx/model.onnx", "m.gguf")),
+        ((WEIGHTS, "metal/model.bin", "original/model.safetensors"), (), ("metal/model.bin", "original/model.safetensors")),
+        ((WEIGHTS, "openvino_model.bin", "openvino_model.xml"), (), ("openvino_model.bin", "openvino_model.xml")),
+        ((WEIGHTS, "tf_model.h5", "flax_model.msgpack", "rust_model.ot"), (), ("tf_model.h5", "flax_model.msgpack", "rust_model.ot")),
+        (("adapter_model.safetensors", "adapter_model.bin"), (), ("adapter_model.bin",)),
+        (("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"), (), ()),
+        (("m-Q4.gguf", "config.json"), (), ()),
+    ],
+)  # fmt: skip
+def test_the_same_weights_in_another_layout(
+    names: tuple[str, ...], indexed: tuple[str, ...], left: tuple[str, ...]
+) -> None:
+    assert set(model_layout.duplicates(names, indexed)) == set(left)
+
+
+def test_several_models_in_one_repository_are_a_question() -> None:
+    assert model_layout.alternatives(["q4.gguf", "q8-00001-of-00002.gguf", "q8-00002-of-00002.gguf"]) == [
+        "q4.gguf",
+        "q8-*.gguf",
+    ]
+    assert model_layout.alternatives(["q4.gguf", "config.json"]) == []
+    assert model_layout.alternatives(["q4.gguf", "q8.gguf", "model.safetensors"]) == []
 
 
 def test_without_the_user_nothing_is_done(tmp_path: Path, source: Path) -> None:

@@ -3,7 +3,8 @@
 It speaks the part of their protocols that huggingface_hub and modelscope_hub use to download a model. Like the real ones,
 ModelScope and the file server send their clients to a storage server for large files, which must not see a secret.
 Standard library only; runs on the test host. /srv/hub/mode (a word per line) changes how it behaves, /srv/hub/log says
-what it was asked.
+what it was asked, and as many requests as /srv/hub/busy says are answered with 429 first. In the mode `xet` the weights are
+offered by Xet, too, whose storage this is as well (one block of chunks that are not compressed).
 """
 
 from __future__ import annotations
@@ -11,13 +12,18 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import os
+import threading
 import time
 import urllib.parse
 from pathlib import Path
 from typing import Any
 
-HOME = Path("/srv/hub")
-GOOD = "hf_goodgoodgood"
+HOME = Path(os.environ.get("HUB_HOME", "/srv/hub"))
+PORT = int(os.environ.get("HUB_PORT", "8199"))
+COUNTING = threading.Lock()
+CHUNK = 1 << 16  # of Xet
+GOOD, XET = "hf_goodgoodgood", "hf_of_xet"
 FIRST, SECOND = "a" * 40, "b" * 40
 
 
@@ -35,12 +41,42 @@ FILES: dict[str, dict[str, bytes]] = {
     }
     for commit in (FIRST, SECOND)
 }
-REPOSITORIES = {"acme/tiny", "acme/gated", "acme/secret", "acme/huge"}
+INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}).encode()
+# What repositories have beside these.
+MORE: dict[str, dict[str, bytes]] = {
+    "acme/layouts": {
+        "model.safetensors.index.json": INDEX,
+        "model-00001-of-00001.safetensors": b"the weights",
+        **dict.fromkeys(("consolidated.safetensors", "pytorch_model.bin", "metal/model.bin", "model.gguf"), b"again"),
+        "onnx/model.onnx": b"again",
+        "1_Dense/pytorch_model.bin": b"another part",
+    },
+    "acme/elsewhere": {"config.json": json.dumps({"auto_map": {"AutoModel": "acme/code--modeling.Tiny"}}).encode()},
+    "acme/code": {"modeling.py": b"class Tiny: ...\n", "notes.txt": b"no code"},
+}
+REPOSITORIES = {"acme/tiny", "acme/gated", "acme/secret", "acme/huge", *MORE}
+
+
+def files_of(repository: str, commit: str) -> dict[str, bytes]:
+    """The files of a repository at a commit."""
+    return {**FILES[commit], **MORE.get(repository, {})}
 
 
 def large(name: str) -> bool:
     """Whether a file is in the storage for large ones."""
     return name.endswith(".safetensors")
+
+
+def xet_hash(data: bytes) -> str:
+    """What Xet calls a file, here: the real name is a tree of hashes, which clients take as it is."""
+    return hashlib.sha256(b"xet" + data).hexdigest()
+
+
+def block(data: bytes) -> bytes:
+    """A file as one block of Xet: each chunk behind its version, size, way of compression (none) and size."""
+    pieces = [data[first : first + CHUNK] for first in range(0, len(data), CHUNK)]
+    sizes = [len(piece).to_bytes(3, "little") for piece in pieces]
+    return b"".join(b"\0" + size + b"\0" + size + piece for size, piece in zip(sizes, pieces, strict=True))
 
 
 def blob_id(data: bytes) -> str:
@@ -63,6 +99,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         if code:
             self.send_header("X-Error-Code", code)
+        if status == 429:
+            self.send_header("Retry-After", "1")
         self.send_header("X-Error-Message", message)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -84,7 +122,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         with (HOME / "log").open("a") as log:
             log.write(f"{self.command} {self.path} {self.headers.get('Range', '-')}\n")
+        if self.busy():
+            return self.refuse(429, "", "Too many requests")
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if path.startswith("/cas/"):
+            return self.cas(path, token)
         if path.startswith("/storage/"):
             if token or self.headers.get("Cookie"):
                 return self.refuse(400, "", "the storage server was shown a secret")
@@ -96,10 +138,62 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.modelscope(path, token)
         return self.huggingface(path, token)
 
+    def busy(self) -> bool:
+        """Whether this is one of the requests that are too many."""
+        path = HOME / "busy"
+        with COUNTING:
+            left = int(path.read_text()) if path.exists() else 0
+            if left:
+                path.write_text(str(left - 1))
+        return left > 0
+
+    def cas(self, path: str, token: str) -> None:
+        """Of what a file consists, for who has the token of Xet; and what it consists of, for whoever has the address."""
+        parts = path.split("/")
+        if parts[2:4] == ["v1", "reconstructions"]:
+            if token != XET:
+                return self.refuse(401, "", "no token of Xet")
+            data = next(
+                files["model.safetensors"]
+                for files in FILES.values()
+                if xet_hash(files["model.safetensors"]) == parts[4]
+            )
+            first, _dash, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+            begin, end = int(first) // CHUNK, min(int(last or len(data)), len(data) - 1) // CHUNK + 1
+            held = {"start": begin, "end": end}
+            return self.answer({
+                "offset_into_first_range": int(first) - begin * CHUNK,
+                "terms": [{"hash": "ab" * 32, "unpacked_length": min(end * CHUNK, len(data)) - begin * CHUNK, "range": held}],
+                "fetch_info": {"ab" * 32: [{
+                    "range": held, "url": f"http://127.0.0.1:{PORT}/cas/blocks/{parts[4]}",
+                    "url_range": {"start": begin * (CHUNK + 8), "end": min(end * (CHUNK + 8), len(block(data))) - 1},
+                }]},
+            })  # fmt: skip
+        if parts[2] != "blocks":  # such as version 2 of the protocol
+            return self.refuse(404, "", "Not Found")
+        if token:
+            return self.refuse(400, "", "the storage server was shown a secret")
+        data = next(
+            files["model.safetensors"] for files in FILES.values() if xet_hash(files["model.safetensors"]) == parts[3]
+        )
+        first, _dash, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+        body = block(data)[int(first) : int(last) + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(block(data))}")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        return None
+
+    def offer_xet(self, data: bytes) -> None:
+        """The headers by which a client learns of Xet."""
+        self.send_header("X-Xet-Hash", xet_hash(data))
+        self.send_header("Link", f'<http://127.0.0.1:{PORT}/api/xet-token>; rel="xet-auth"')
+
     def redirect(self, commit: str, name: str) -> None:
         """To the storage server: this one by another name."""
         self.send_response(302)
-        self.send_header("Location", f"http://localhost:8199/storage/{commit}/{name}")
+        self.send_header("Location", f"http://localhost:{PORT}/storage/{commit}/{name}")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -134,7 +228,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             listed = [
                 {"Path": name, "Name": name, "Type": "blob", "Size": len(data), "Revision": commit, "IsLFS": large(name),
                  "Sha256": hashlib.sha256(data).hexdigest()}
-                for name, data in FILES.get(commit, {}).items()
+                for name, data in (files_of(repository, commit) if commit in FILES else {}).items()
             ]  # fmt: skip
             if repository == "acme/huge":
                 listed[0]["Size"] = 10**15
@@ -142,11 +236,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if repository == "acme/gated":
             return self.refuse(403, "", "no permission")
         name = query["FilePath"]
-        return self.redirect(commit, name) if large(name) else self.send(commit, name)
+        return self.redirect(commit, name) if large(name) else self.send(commit, name, repository)
 
     def huggingface(self, path: str, token: str) -> None:
         if token and token != GOOD:
             return self.refuse(401, "", "Invalid credentials in Authorization header")
+        if path == "/api/xet-token":
+            where = 9 if "unreachable" in self.modes() else PORT
+            self.send_response(200)
+            self.send_header("X-Xet-Cas-Url", f"http://127.0.0.1:{where}/cas")
+            self.send_header("X-Xet-Access-Token", XET)
+            self.send_header("X-Xet-Token-Expiration", str(int(time.time()) + 3600))
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        if path == "/api/whoami-v2" and "mirror" in self.modes():
+            return self.refuse(404, "", "Not Found")
         if path == "/api/whoami-v2":
             return self.answer({"type": "user", "name": "tester"}) if token else self.refuse(401, "", "no token")
         parts = path.strip("/").split("/")
@@ -159,18 +263,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.refuse(404, "RevisionNotFound", "Invalid rev id")
         if parts[0] == "api" and parts[4:5] == ["tree"]:
             return self.answer(self.tree(commit))
+        if parts[0] == "api" and "mirror" in self.modes():
+            names = [{"rfilename": name} for name in files_of(repository, commit)]
+            return self.answer({"id": repository, "sha": commit, "siblings": names})
         if parts[0] == "api":
             return self.answer(self.information(repository, commit))
         if repository == "acme/gated":
             return self.refuse(403 if token else 401, "GatedRepo", "Access to model acme/gated is restricted")
         name = "/".join(parts[4:])
-        if name not in FILES[commit]:
+        if name not in files_of(repository, commit):
             return self.refuse(404, "EntryNotFound", "Entry not found")
-        return self.send(commit, name)
+        return self.send(commit, name, repository)
 
     def information(self, repository: str, commit: str) -> dict[str, Any]:
         siblings = []
-        for name, data in FILES[commit].items():
+        for name, data in files_of(repository, commit).items():
             entry: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": blob_id(data)}
             if name.endswith((".safetensors", ".pth")):
                 entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
@@ -190,8 +297,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             listed.append(entry)
         return listed
 
-    def send(self, commit: str, name: str) -> None:
-        data, modes = FILES[commit][name], self.modes()
+    def send(self, commit: str, name: str, repository: str = "acme/tiny") -> None:
+        data, modes = files_of(repository, commit)[name], self.modes()
         etag = hashlib.sha256(data).hexdigest() if large(name) else blob_id(data)
         if "corrupt" in modes and large(name):
             data = data[:-1] + b"X"
@@ -208,6 +315,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("X-Linked-Size", str(len(data)))
         if wanted:
             self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
+        if "xet" in modes and name == "model.safetensors":
+            self.offer_xet(FILES[commit][name])
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(end + 1 - start))
         self.end_headers()
@@ -228,4 +337,4 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    http.server.ThreadingHTTPServer(("127.0.0.1", 8199), Handler).serve_forever()
+    http.server.ThreadingHTTPServer(("127.0.0.1", PORT), Handler).serve_forever()

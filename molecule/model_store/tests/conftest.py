@@ -30,7 +30,7 @@ def hosts(both: list[Host]) -> list[Host]:
 def fresh_hubs(both: list[Host]) -> Iterator[None]:
     """Each test starts with well-behaved hubs that were asked nothing."""
     for host in both:
-        host.check_output("rm -f /srv/hub/log /srv/hub/mode")
+        host.check_output("rm -f /srv/hub/log /srv/hub/mode /srv/hub/busy")
     yield
     for host in both:
         host.run("systemctl stop 'model-download-*' model-share")

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import errno
-import fnmatch
-import hashlib
 import importlib
 import json
 import os
@@ -22,9 +20,11 @@ import time
 from pathlib import Path
 
 from job import File, Job, RefusedError, Source, amount
+from selection import check, choose, code, localize
 
 MANIFEST = ".model.json"
 ATTEMPTS = 5
+PATIENCE = 3600.0  # seconds that a server may ask to wait before the next byte comes
 FULL = (errno.ENOSPC, errno.EDQUOT)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 SOURCES = {"huggingface": "HuggingFace", "modelscope": "ModelScope", "url": "Url", "peer": "Peer"}
@@ -46,23 +46,6 @@ def environment(job: Job) -> dict[str, str]:
         # An hour for a file, its default, is too little for a shard of 50 GB.
         "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": str(7 * 24 * 3600),
     }
-
-
-def choose(job: Job, files: dict[str, File]) -> dict[str, File]:
-    """The files that are wanted, by name. A pattern that ends in a slash means what is below it."""
-
-    def matches(name: str, patterns: list[str]) -> bool:
-        return any(fnmatch.fnmatchcase(name, f"{entry}*" if entry.endswith("/") else entry) for entry in patterns)
-
-    include, exclude = job.wanted["include"], job.wanted["exclude"]
-    chosen = {
-        name: file
-        for name, file in files.items()
-        if (not include or matches(name, include)) and not matches(name, exclude)
-    }
-    if not chosen:
-        raise RefusedError(f"include and exclude leave no file of {job.what} over; it has {', '.join(sorted(files))}")
-    return chosen
 
 
 def room(job: Job, total: int) -> None:
@@ -92,8 +75,9 @@ def disk(job: Job, error: BaseException | None) -> str:
     return ""
 
 
-def download(job: Job, source: Source, chosen: dict[str, File]) -> None:
+def download(job: Job, source: Source, chosen: dict[str, File], elsewhere: dict[str, tuple[Source, File]]) -> None:
     """Fetch the files, several at the same time, the largest first."""
+    chosen = chosen | {name: file for name, (_other, file) in elsewhere.items()}
     stop = threading.Event()
 
     def watch() -> None:
@@ -104,7 +88,7 @@ def download(job: Job, source: Source, chosen: dict[str, File]) -> None:
         target, size = job.target(name), chosen[name].size
         if target.exists() and size in (None, target.stat().st_size):
             return  # its content is verified with the others
-        source.fetch(name, chosen[name])
+        elsewhere.get(name, (source, None))[0].fetch(name, chosen[name])
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -120,26 +104,12 @@ def download(job: Job, source: Source, chosen: dict[str, File]) -> None:
 
 
 def verify(job: Job, source: Source, chosen: dict[str, File]) -> dict[str, dict[str, int | str]]:
-    """Compare every file with what the source says that it is: by SHA-256, or by git's name for it."""
-    found: dict[str, dict[str, int | str]] = {}
-    for name, file in sorted(chosen.items()):
-        path = job.staging / name
-        size = path.stat().st_size
-        sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-        with path.open("rb") as content:
-            while block := content.read(1 << 20):
-                sha256.update(block)
-                if not file.sha256:
-                    blob.update(block)
-        wanted, got = (file.sha256, sha256.hexdigest()) if file.sha256 else (file.blob, blob.hexdigest())
-        if file.size not in (None, size) or wanted != got:
-            path.unlink()
-            raise source.damaged(name, file, size, got)
-        found[name] = {"size": size, "sha256": sha256.hexdigest()}
+    """Compare every file, and remove what an earlier, interrupted run wanted and nobody wants now."""
+    found = {name: check(job, source, name, file) for name, file in sorted(chosen.items())}
     for path in job.staging.rglob("*"):
         inside = path.relative_to(job.staging)
         if path.is_file() and inside.parts[0] != ".cache" and str(inside) not in chosen:
-            path.unlink()  # from an earlier, interrupted run that wanted other files
+            path.unlink()
     return found
 
 
@@ -147,34 +117,49 @@ def work(job: Job, source: Source) -> None:
     """Do all of it."""
     job.staging.mkdir(parents=True, exist_ok=True)
     commit, files = source.look()
-    chosen = choose(job, files)
+    chosen = choose(job, source, files)
     total = sum(file.size or 0 for file in chosen.values())
     room(job, total)
-    job.say(state="downloading", total=total, done=job.on_disk())
-    download(job, source, chosen)
+    elsewhere = {} if job.wanted["peer"] else code(job, source, chosen)
+    everything = chosen | {name: file for name, (_other, file) in elsewhere.items()}
+    job.say(state="downloading", total=total, done=job.on_disk(), message="")
+    download(job, source, chosen, elsewhere)
     job.say(state="verifying", done=total)
-    manifest = {
-        **{key: job.wanted[key] for key in ("name", "source", "repository", "revision", "include", "exclude")},
-        "path": "",
-        "commit": commit,
-        "files": verify(job, source, chosen),
-    }
+    found = verify(job, source, everything)
+    if not job.wanted["peer"]:
+        localize(job, chosen, found)
+    told = ("name", "source", "repository", "revision", "include", "exclude", "code")
+    manifest = {**{key: job.wanted[key] for key in told}, "path": "", "commit": commit, "files": found}
     aside = job.staging / f"{MANIFEST}.new"
     aside.write_text(json.dumps(manifest, indent=2) + "\n")
     aside.replace(job.staging / MANIFEST)
     job.say(state="done", done=total)
 
 
+def pause(job: Job, source: Source, error: Exception, waited: float) -> float | None:
+    """Wait as long as the source asks for, and say so. Nothing when it asks for nothing, or for more than there is patience."""
+    seconds = source.wait(error)
+    if seconds is None or waited + seconds > PATIENCE:
+        return None
+    where = job.wanted["endpoint"] or "the server"
+    job.say(state="waiting", message=f"{where} has too much to do and asks to wait {seconds:.0f} s")
+    print(job.state["message"], flush=True)
+    time.sleep(seconds + 0.1)
+    job.say(state="checking", message="")
+    return seconds
+
+
 def main() -> int:
     """Try a few times what a network can break, and say how it ended."""
     credentials = Path(os.environ["CREDENTIALS_DIRECTORY"])
     job = Job(*(json.loads((credentials / name).read_text()) for name in ("job", "secrets")))
-    os.environ.update(job.wanted["environment"])
+    # Files come by HTTP where Xet cannot be reached for a minute; it would try for four.
+    os.environ.update({"HF_XET_CLIENT_RETRY_MAX_DURATION": "60s"} | job.wanted["environment"])
     os.environ.update(environment(job))
     job.say()
     kind = "peer" if job.wanted["peer"] else job.wanted["source"]
     source: Source = getattr(importlib.import_module(f"from_{kind}"), SOURCES[kind])(job)
-    said, failed, most = "", 0, 0
+    said, failed, most, waited = "", 0, 0, 0.0
     while failed < ATTEMPTS:
         try:
             work(job, source)
@@ -186,11 +171,16 @@ def main() -> int:
             # What a network can break. Anything else is a fault of this program and ends it: the journal shows where.
             said = f"{type(error).__name__}: {error}"
             # An attempt that brought something does not count: a line that breaks every hour gets there too.
-            failed, most = (1 if job.on_disk() > most else failed + 1), max(job.on_disk(), most)
+            there = job.on_disk()
+            failed, waited, most = (1, 0.0, there) if there > most else (failed + 1, waited, most)
             print(f"attempt {failed} of {ATTEMPTS}: {said}", flush=True)
             if refusal := disk(job, error):
                 job.say(state="failed", message=refusal)
                 return 1
+            if (seconds := pause(job, source, error, waited)) is not None:
+                # Being told when to come back is no failure.
+                failed, waited = 0, waited + seconds
+                continue
         if failed < ATTEMPTS:
             time.sleep(job.wanted["pause"] * failed)
     where = job.wanted["endpoint"] or "its source"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from job import File, Job, RefusedError, Source
+from job import File, Job, RefusedError, Source, asked_to_wait
 from modelscope_hub import HubApi, HubConfig, errors
 
 
@@ -16,10 +16,10 @@ class ModelScope(Source):
 
     network = (OSError, errors.HubError)
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, repository: str = "", revision: str = "") -> None:
         super().__init__(job)
-        self.endpoint, self.repository = job.wanted["endpoint"], job.wanted["repository"]
-        self.revision, self.token = job.wanted["revision"], job.secrets["token"]
+        self.endpoint, self.repository = job.wanted["endpoint"], repository or job.wanted["repository"]
+        self.revision, self.token = revision or job.wanted["revision"], job.secrets["token"]
         cache = job.staging / ".cache"
         # An empty token means none, not the one that lies around.
         self.hub = HubApi(
@@ -30,16 +30,9 @@ class ModelScope(Source):
         """Ask the hub what there is, and tell apart why it may not be had."""
         page = f"{self.endpoint}/models/{self.repository}"
         try:
-            if self.token:
-                self.hub.whoami()
-        except errors.AuthenticationError:
-            raise RefusedError(
-                f"{self.endpoint} refuses the token. model_store_modelscope_token is wrong, expired or revoked: make a "
-                f"new one at {self.endpoint}/my/myaccesstoken"
-            ) from None
-        try:
             self.hub.get_repo(self.repository, "model")
         except (errors.NotExistError, errors.AuthenticationError, errors.PermissionDeniedError):
+            self.judge_token()
             hint = "this token may not see it" if self.token else "private: set model_store_modelscope_token"
             raise RefusedError(
                 f"{self.endpoint} has no repository {self.repository}: it is misspelt, or {hint}"
@@ -49,6 +42,7 @@ class ModelScope(Source):
         except (errors.NotExistError, errors.InvalidParameter):
             listed = []
         except (errors.AuthenticationError, errors.PermissionDeniedError):
+            self.judge_token()
             raise self.closed(page) from None
         files = {file.path: File(file.size, file.sha256 or "") for file in listed if file.type != "tree"}
         if not files:  # ModelScope lists nothing for a commit that it does not have
@@ -67,6 +61,30 @@ class ModelScope(Source):
         except (errors.AuthenticationError, errors.PermissionDeniedError):
             raise self.closed(page) from None
         return self.revision, files
+
+    def judge_token(self) -> None:
+        """After a refusal: whether the token is to blame. A mirror may know nobody, and need not."""
+        try:
+            if self.token:
+                self.hub.whoami()
+        except errors.AuthenticationError:
+            raise RefusedError(
+                f"{self.endpoint} refuses the token. model_store_modelscope_token is wrong, expired or revoked: make a "
+                f"new one at {self.endpoint}/my/myaccesstoken"
+            ) from None
+        except self.network:
+            return
+
+    def other(self, repository: str, revision: str) -> Source:
+        """On the same hub."""
+        return ModelScope(self.job, repository, revision)
+
+    def wait(self, error: Exception) -> float | None:
+        """The client has read the header."""
+        if not isinstance(error, errors.RateLimitError):
+            return None
+        after = {} if error.retry_after is None else {"retry-after": str(int(error.retry_after))}
+        return asked_to_wait(429, after, 12 * self.job.wanted["pause"])
 
     def closed(self, page: str) -> RefusedError:
         """The files may not be had."""

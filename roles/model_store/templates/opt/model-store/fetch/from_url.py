@@ -12,7 +12,7 @@ import urllib.parse
 import urllib.request
 from typing import IO, Any
 
-from job import File, Job, RefusedError, Source
+from job import File, Job, RefusedError, Source, asked_to_wait
 
 AGAIN = (408, 425, 429)  # answers below 500 that another attempt may get around
 
@@ -57,6 +57,7 @@ class Url(Source):
 
     network = (OSError, http.client.HTTPException)
     timeout = 60
+    selects = False
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -133,6 +134,12 @@ class Url(Source):
                     raise ConnectionError(f"{self.files[name]['url']} was cut off")
         part.touch()  # an empty file
         self.job.arrived(name)
+
+    def wait(self, error: Exception) -> float | None:
+        """What the answer's header says."""
+        if not isinstance(error, urllib.error.HTTPError):
+            return None
+        return asked_to_wait(error.code, error.headers, 12 * self.job.wanted["pause"])
 
     def damaged(self, name: str, file: File, size: int, got: str) -> RefusedError:
         """The hash is the operator's own."""

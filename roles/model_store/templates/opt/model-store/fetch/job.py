@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import email.utils
 import hashlib
 import json
 import os
+import re
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,7 @@ class Job:
             "done": 0,
             "total": 0,
             "message": "",
+            "selection": "",
             "directory": self.staging.name,
             "peer": wanted["peer"],
         }
@@ -91,10 +95,33 @@ class Job:
         self.part(name).replace(target)
 
 
+def asked_to_wait(status: int | None, headers: Mapping[str, str], otherwise: float) -> float | None:
+    """Seconds that a server which has too much to do asks for, or nothing when it says something else.
+
+    Retry-After takes seconds or a date; Hugging Face says it as `RateLimit: "api";r=0;t=55`. A 429 that names no time
+    means `otherwise`.
+    """
+    if status not in (429, 503):
+        return None
+    known = {key.lower(): value.strip() for key, value in headers.items()}
+    after = known.get("retry-after", "")
+    if after.isdigit():
+        return float(after)
+    if after:
+        try:
+            return max(email.utils.parsedate_to_datetime(after).timestamp() - time.time(), 0.0)
+        except ValueError:
+            pass
+    if found := re.search(r";\s*r=0\s*;\s*t=(\d+)", known.get("ratelimit", "")):
+        return float(found[1])
+    return otherwise if status == 429 else None
+
+
 class Source:
     """What a source can do. `network` are the errors that another attempt may get around."""
 
     network: tuple[type[Exception], ...] = (OSError,)
+    selects = True  # whether there may be more than a model needs: not where somebody wrote down each file
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -103,9 +130,21 @@ class Source:
         """Say which commit it is and which files it has; tell apart why it may not be had."""
         raise NotImplementedError
 
+    def complete(self, name: str, file: File) -> File:
+        """The same with size and hash, where the list of the source has none."""
+        return file
+
     def fetch(self, name: str, file: File) -> None:
         """Put one file in its place, going on where an earlier run stopped."""
         raise NotImplementedError
+
+    def other(self, repository: str, revision: str) -> Source:
+        """Another repository of the same source."""
+        raise RefusedError(f"{self.job.what} comes from addresses: {repository} cannot be fetched for it")
+
+    def wait(self, error: Exception) -> float | None:
+        """Seconds that the source asks for, when this error says that it has too much to do."""
+        return None
 
     def damaged(self, name: str, file: File, size: int, got: str) -> RefusedError:
         """A file that came has this size and hash and not those of the source. It has been removed."""
