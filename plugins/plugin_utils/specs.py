@@ -17,7 +17,7 @@ from jinja2 import TemplateSyntaxError, UndefinedError
 
 ROOT = Path(__file__).resolve().parents[2]
 FLEET = ROOT / "meta/fleet_specs.yml"
-ROLES = ROOT / "playbooks/vars/roles.yml"
+ROLES = ROOT / "playbooks/group_vars/all/roles.yml"
 UNREADABLE = (AnsibleError, UndefinedError)  # the second inside of a list or a dictionary
 
 
