@@ -32,6 +32,7 @@ FACTS = {
     "packages": {}, "units": {}, "ports": [],
 }  # fmt: skip
 HOST = "host-1"
+DECIDES = DataLoader().load_from_file(str(ROOT / "playbooks/vars/roles.yml"), trusted_as_template=True)
 VALUES: dict[str, Any] = {
     "vllm_internal_key": "a" * 64, "vllm_device": "cpu", "ssh_hardening_login_users": ["root"], "gateway_server_names": ["llm.example.com"],
     "tls_certificate_names": ["llm.example.com"], "fleet_address": "10.0.0.11",
@@ -118,37 +119,42 @@ def judge(name: str, values: Mapping[str, Any]) -> list[str]:
 
 
 @functools.cache
-def first_play(file: str) -> dict[str, Any]:
-    """The first play of a playbook."""
-    found: dict[str, Any] = DataLoader().load_from_file(str(ROOT / f"playbooks/{file}.yml"), trusted_as_template=True)[
-        0
-    ]
+def plays(file: str) -> list[dict[str, Any]]:
+    """The plays of a playbook."""
+    found: list[dict[str, Any]] = DataLoader().load_from_file(
+        str(ROOT / f"playbooks/{file}.yml"), trusted_as_template=True
+    )
     return found
 
 
 def judge_fleet(values: Mapping[str, Any]) -> list[str]:
-    """What the playbooks say that read what no role owns."""
+    """What the playbooks say that read what no role owns; that which decides about roles can be asked, whatever it is."""
     said: list[str] = []
-    for file in ("preflight", "verify", "rollback"):
-        play = first_play(file)
-        task = next(task for task in play["tasks"] if "gpufleet.llm.check_inputs" in task)
-        groups = f"Groups vllm and gateway{', batches of ' if 'fleet_batch' in values else ''}"
-        given = {
-            **play.get("vars", {}),
-            **task.get("vars", {}),
-            "ansible_play_name": groups,
-            "vllm_revert_instance": "chat",
-            **values,
-        }
-        every = variables("vllm", given)
-        templar = Templar(DataLoader(), every)
-        every["hostvars"][HOST] = Host(every, templar)
-        action = check_inputs.ActionModule(
-            task=SimpleNamespace(args={}, _role=None), connection=None, play_context=None, loader=DataLoader(), templar=templar,
-            shared_loader_obj=None,
-        )  # fmt: skip
-        said += action._checks(task["gpufleet.llm.check_inputs"]["checks"], every, set(), tolerant=False)
-    return said
+    for play in [play for file in ("preflight", "verify", "rollback") for play in plays(file)]:
+        for task in play.get("tasks", []):
+            if "gpufleet.llm.check_inputs" not in task and "loop" not in task:
+                continue
+            groups = f"Groups vllm and gateway{', batches of ' if 'fleet_batch' in values else ''}"
+            roles = DECIDES if "vars_files" in play else {}
+            given = {
+                **roles,
+                **play.get("vars", {}),
+                **task.get("vars", {}),
+                "ansible_play_name": groups,
+                "vllm_revert_instance": "chat",
+            }
+            every = variables("vllm", {**given, **values})
+            templar = Templar(DataLoader(), every)
+            every["hostvars"][HOST] = Host(every, templar)
+            if "loop" in task:
+                list(templar.template(task["loop"]))
+                continue
+            action = check_inputs.ActionModule(
+                task=SimpleNamespace(args={}, _role=None), connection=None, play_context=None, loader=DataLoader(), templar=templar,
+                shared_loader_obj=None,
+            )  # fmt: skip
+            said += action._checks(task["gpufleet.llm.check_inputs"]["checks"], every, set(), tolerant=False)
+    return list(dict.fromkeys(said))
 
 
 def shapes(value: Any, option: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -212,10 +218,10 @@ def main() -> None:
     """Judge all cases."""
     Environment.compile = remembered(Environment.compile)  # type: ignore[method-assign]
     judges = {name: functools.partial(judge, name) for name in specs.roles()}
+    owned = {name: option for options in specs.roles().values() for name, option in options.items()}
+    deciding = {name: owned[name] for name in specs.decisive()}
     for name, judged in (judges | {"playbooks": judge_fleet}).items():
-        options = specs.roles().get(name) or {
-            option: {**specs.fleet(), **specs.roles()["vllm"]}[option] for option in early()
-        }
+        options = specs.roles().get(name) or {**specs.fleet(), **deciding}
         given = {option: VALUES[option] for option in options if option in VALUES}
         print(
             json.dumps(
@@ -223,24 +229,12 @@ def main() -> None:
             )
         )
         for option, spec in options.items():
-            # what a role owns and plays read before it, as a whole: the role looks at the rest
-            whole = name == "playbooks" and option not in specs.fleet()
-            for label, value in shapes(
-                None if whole else VALUES.get(option, spec.get("default")), {} if whole else spec
-            ):
+            early = name == "playbooks" and option in deciding  # of these, the role tells what is no template
+            for label, value in shapes(VALUES.get(option, spec.get("default")), {} if early else spec):
                 undefined = label in ("undefined", "no template")
                 said = judged({option: trust_as_template(value) if undefined else value})
                 case = {"role": name, "option": option, "shape": label, "said": said, "shown": repr(value)}
-                print(
-                    json.dumps(
-                        case | {"wrong": undefined or wrong(value, {**spec, **({"elements": "raw"} if whole else {})})}
-                    )
-                )
-
-
-def early() -> list[str]:
-    """What plays read before a role looks, by name."""
-    return sorted(specs.shared() & {*specs.fleet(), *specs.roles()["vllm"]})
+                print(json.dumps(case | {"wrong": undefined or (wrong(value, spec) and not early)}))
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def _misshapen(self, names: set[str], variables: Mapping[str, Any]) -> list[str]:
         """What is wrong with the shape of those of these variables that are not this role's."""
-        return specs.problems(names - set(self.spec), variables, self._templar.template, specs.without_facts)
+        return specs.problems(names - set(self.spec), variables, self._templar.template, told=True)
 
     def _unanswered(self, names: set[str], variables: Mapping[str, Any], error: Exception) -> list[str]:
         """Why a check could not be asked: a variable of another role, or of another host where it looks at all, or a value."""

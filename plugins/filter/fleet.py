@@ -48,12 +48,12 @@ def fleet_variable_problems(hostvars: fleet.HostVars, hosts: Sequence[str]) -> l
 
 
 def fleet_shared_problems(hostvars: fleet.HostVars, hosts: Sequence[str]) -> list[str]:
-    """What is wrong with the shape of the variables that plays read before a role has looked at its own."""
-    found: dict[str, list[str]] = {}
-    for host in hosts:
-        for problem in specs.problems(specs.shared(), hostvars[host], told=specs.without_facts):
-            found.setdefault(problem, []).append(host)
-    return [f"{', '.join(named)}: {problem}" for problem, named in sorted(found.items())]
+    """What is wrong with variables that plays read before a role has looked at its own."""
+    return [
+        problem if len(hosts) == 1 else f"{host}: {problem}"
+        for host in hosts
+        for problem in specs.shared(hostvars[host])
+    ]
 
 
 class FilterModule:

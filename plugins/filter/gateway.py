@@ -94,8 +94,12 @@ def gateway_route_problems(
             continue
         if not found:
             problems.append(
-                f"gateway_routes[{number}] names the instance {instance}, but no host of the group {group} has it in vllm_instances (gateway_vllm_group)"
-                + (f"; there are {', '.join(known)}" if known else "; no host there has any")
+                f"gateway_routes[{number}] names the instance {instance}, but no host of the group {group} has it in vllm_instances"
+                + (
+                    f"; there are {', '.join(known)}"
+                    if known
+                    else "; no host there has any, or gateway_vllm_group is another"
+                )
             )
     return problems
 

@@ -192,9 +192,15 @@ def runtime_of(instance: Mapping[str, Any], runtime: str) -> str:
     return str(instance.get("runtime") or runtime)
 
 
-def runs_in(instances: Iterable[Mapping[str, Any]], runtime: str, wanted: str) -> bool:
-    """Whether any of the instances runs in the `wanted` runtime, `runtime` being that of the host."""
-    return any(runtime_of(instance, runtime) == wanted for instance in instances)
+def runs_in(instances: Any, runtime: str, wanted: str) -> bool:
+    """Whether any of the instances runs in the `wanted` runtime, `runtime` being that of the host.
+
+    Plays ask it before the role has looked at them: what is no instance runs nowhere.
+    """
+    found = (
+        [instance for instance in instances if isinstance(instance, Mapping)] if isinstance(instances, Sequence) else []
+    )
+    return any(runtime_of(instance, runtime) == wanted for instance in found)
 
 
 def instance_problems(

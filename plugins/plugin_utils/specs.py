@@ -37,10 +37,10 @@ def fleet() -> Mapping[str, Any]:
 
 
 @functools.cache
-def shared() -> frozenset[str]:
-    """What plays read before any role looks at its own: what no role owns, and what decides which roles a host gets."""
+def decisive() -> frozenset[str]:
+    """What roles own and plays read before them, to decide which roles a host gets."""
     owned = {name for options in roles().values() for name in options}
-    return frozenset(fleet()) | owned & set(inputs.IDENTIFIER.findall(ROLES.read_text()))
+    return frozenset(owned & set(inputs.IDENTIFIER.findall(ROLES.read_text())))
 
 
 def reason(error: BaseException) -> str:
@@ -67,9 +67,9 @@ def problems(
     names: Collection[str],
     variables: Mapping[str, Any],
     read: Callable[[Any], Any] = lambda value: value,
-    told: Callable[[BaseException], bool] = lambda _error: False,
+    told: bool = False,
 ) -> list[str]:
-    """What is wrong with the shape of these variables. What cannot be read is left out, unless it is to be `told`."""
+    """What is wrong with the shape of these variables. What cannot be read is left out, unless it is to be `told`: what needs facts never is."""
     found: list[str] = []
     for spec in (fleet(), *roles().values()):
         for name in sorted(set(spec) & set(names)):
@@ -77,7 +77,18 @@ def problems(
                 if name in variables:
                     found += inputs.value_problems(name, read(variables[name]), spec[name])
             except UNREADABLE as error:
-                found += [unreadable(name, (), error)] if told(error) else []
+                found += [unreadable(name, (), error)] if told and without_facts(error) else []
+    return found
+
+
+def shared(variables: Mapping[str, Any]) -> list[str]:
+    """What would end a play before a role can tell it: shapes of what no role owns, and what decides about roles and cannot be read."""
+    found = problems(set(fleet()), variables, told=True)
+    for name in sorted(decisive() & set(variables)):
+        try:
+            inputs.value_problems(name, variables[name], {"type": "raw"})
+        except UNREADABLE as error:
+            found += [unreadable(name, (), error)] if without_facts(error) else []
     return found
 
 

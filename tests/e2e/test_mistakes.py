@@ -249,7 +249,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a role that cannot be left out": (
         {"fleet_skip_roles": ["vllm"]},
-        "fleet_skip_roles has vllm; only base, firewall, ssh_hardening and nvidia_driver can be left out",
+        "fleet_skip_roles[0] is 'vllm', but must be one of base, firewall, ssh_hardening, nvidia_driver",
     ),
     "branch of the driver": (
         {**instance(gpus=[0]), "vllm_device": "cuda", "nvidia_driver_branch": "5800"},

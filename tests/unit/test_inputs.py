@@ -202,16 +202,13 @@ def test_a_value_that_a_check_cannot_read_is_told_with_its_variable(role: Path) 
         ({"vllm_device": "{{ nobody }}"}, "vllm_device cannot be read: 'nobody' is undefined"),
     ],
 )
-def test_what_decides_about_roles_is_looked_at_before_them(
+def test_rollback_looks_at_what_it_reads_before_it_asks_a_host(
     tmp_path: Path, variables: dict[str, Any], problem: str
 ) -> None:
-    """Of any host of the run, and before one of them is asked."""
     dead = {"ansible_connection": "ssh", "ansible_host": "127.0.0.1", "ansible_port": 1}
-    hosts = {"good": dead, "bad": {**dead, **variables}}
-    (tmp_path / "hosts.json").write_text(
-        json.dumps({"all": {"children": {"vllm": {"hosts": hosts}, "gateway": {"hosts": {"good": {}}}}}})
-    )
-    done = playbook("-i", tmp_path / "hosts.json", "site.yml", "--tags", "preflight")
+    groups = {"vllm": {"hosts": {"good": dead, "bad": {**dead, **variables}}}, "gateway": {"hosts": {"good": {}}}}
+    (tmp_path / "hosts.json").write_text(json.dumps({"all": {"children": groups}}))
+    done = playbook("-i", tmp_path / "hosts.json", "playbooks/rollback.yml", "-e", "vllm_revert_instance=chat")
     said = " ".join(done.stdout.split())
     assert done.returncode == 2
     assert f"- bad: {problem}" in said
