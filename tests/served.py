@@ -11,6 +11,7 @@ from typing import Any
 
 from testinfra.host import Host
 
+from tests.roles import ROOT
 from tests.stand_in import contract
 
 KEY = "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c4b5a69788796a5b4c3d2e1f0"
@@ -43,6 +44,14 @@ def ask(
         **more,
     }
     return send(host, port, "/v1/completions", request, key)
+
+
+def play_gpus(host: Host) -> None:
+    """A `nvidia-smi` that says that there are two GPUs, and that what runs has left no memory for a proof beside it."""
+    smi = (ROOT / "tests/unit/recordings/nvidia/a100/nvidia-smi.csv").read_text()
+    full = "\n".join(f"{number}, 900, 81920" for number in range(2))
+    played = f"#!/bin/sh\ncase $* in\n*memory.free*) echo '{full}' ;;\n*) echo '{smi.strip()}' ;;\nesac\n"
+    host.check_output("mkdir -p /etc/cdi; printf %s >/usr/bin/nvidia-smi && chmod 0755 /usr/bin/nvidia-smi", played)
 
 
 def main_pid(host: Host, name: str) -> int:

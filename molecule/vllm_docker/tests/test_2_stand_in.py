@@ -20,7 +20,7 @@ from testinfra.host import Host
 from tests.contained import ROLE, Instances
 from tests.playbooks import playbook
 from tests.roles import ROOT, applied, changed, environment, host_name, refused, until
-from tests.served import KEY, MODEL
+from tests.served import KEY, MODEL, play_gpus
 
 SMALL: dict[str, Any] = {"name": "small", "model": MODEL, "port": 8010, "environment": {"VLLM_CPU_KVCACHE_SPACE": 1}}
 UNIT = "vllm@small"
@@ -555,14 +555,6 @@ def test_the_environment_arrives_as_it_was_written(host: Host, instances: Instan
 GPUS = {"vllm_device": "cuda", "vllm_version": "0.33.0", "vllm_packages": []}
 DEVICES = [{"name": str(n), "containerEdits": {"env": [f"PLAYED_GPU_{n}=here"]}} for n in range(2)]
 SPECIFICATION = json.dumps({"cdiVersion": "0.6.0", "kind": "nvidia.com/gpu", "devices": DEVICES})
-
-
-def play_gpus(host: Host) -> None:
-    """A `nvidia-smi` that says that there are two GPUs, and that what runs has left no memory for a proof beside it."""
-    smi = (ROOT / "tests/unit/recordings/nvidia/a100/nvidia-smi.csv").read_text()
-    full = "\n".join(f"{number}, 900, 81920" for number in range(2))
-    played = f"#!/bin/sh\ncase $* in\n*memory.free*) echo '{full}' ;;\n*) echo '{smi.strip()}' ;;\nesac\n"
-    host.check_output("mkdir -p /etc/cdi; printf %s >/usr/bin/nvidia-smi && chmod 0755 /usr/bin/nvidia-smi", played)
 
 
 def test_gpus_come_by_their_specification(host: Host, instances: Instances, images: dict[str, str]) -> None:
