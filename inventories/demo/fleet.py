@@ -20,10 +20,11 @@ hostvars = {name: {"ansible_host": address} for hosts in fleet.values() for name
 if (further := directory / "vars.json").exists():
     for name in fleet["vllm"]:
         hostvars[name] |= json.loads(further.read_text())  # of each host, so that they win over what the group has
-# Not as templates in group_vars: Ansible renders what says how to connect for every task of every host.
+# Not as templates in group_vars: what says how to connect, Ansible renders for every task of every host.
 inventory["all"] = {
     "vars": {
         "demo_dir": str(directory),
+        "demo_cores": len(os.sched_getaffinity(0)),
         "ansible_user": "fleet",
         "ansible_ssh_private_key_file": str(directory / "id_ed25519"),
         "ansible_ssh_common_args": f"-o IdentitiesOnly=yes -o UserKnownHostsFile={directory / 'known_hosts'}",

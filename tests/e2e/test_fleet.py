@@ -162,6 +162,8 @@ def test_a_second_run_changes_nothing_and_asks_each_host_little(fleet: Fleet, tm
     assert set(recap) == {GATEWAY, *WORKERS}
     for host, counters in recap.items():
         assert counters["changed"] == counters["failed"] == counters["unreachable"] == 0, (host, counters)
+        # Each is a process on the controller, one that is skipped too: 30 to 100 ms of its processor time.
+        assert counters["ok"] + counters["skipped"] <= (38 if host == GATEWAY else 45), (host, counters)
     calls = json.loads(counted.read_text())
     assert set(calls) == set(recap)
     for host, made in calls.items():

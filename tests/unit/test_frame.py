@@ -241,21 +241,21 @@ def test_role_has_a_scenario(role: str) -> None:
 # --- playbooks and inventories --------------------------------------------------------------------------------------
 
 
-def played(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The tasks of a playbook, with their plays. What is included, so that its own tags count, is looked into."""
+def played(path: Path) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """The tasks of a playbook, and their tags. Of what is included the own tags count."""
     for play in load(path):
         for task in play.get("tasks", []):
             if file := task.get("ansible.builtin.include_tasks"):
                 assert task["tags"] == ["always"], f"{path.name}: --skip-tags would leave out all of {file}"
-                yield from ((inner, play) for inner in load(path.parent / file))
+                yield from ((inner, inner["tags"]) for inner in load(path.parent / file))
             else:
-                yield task, play
+                yield task, task.get("tags", play.get("tags", []))
 
 
 def test_playbooks_name_roles_by_fqcn_with_a_tag_of_their_name() -> None:
     seen, wrong = set(), []
     for path in sorted((ROOT / "playbooks/plays").glob("*.yml")):
-        for task, play in played(path):
+        for task, tags in played(path):
             role = task.get("ansible.builtin.import_role") or task.get("ansible.builtin.include_role") or {}
             if "apply" in role:
                 assert role["apply"] == {"tags": task["tags"]}, "else its tasks have no tag"
@@ -263,7 +263,7 @@ def test_playbooks_name_roles_by_fqcn_with_a_tag_of_their_name() -> None:
                 continue
             namespace, collection, name = role["name"].split(".")
             seen.add(name)
-            if (namespace, collection) != ("gpufleet", "llm") or task.get("tags", play.get("tags")) != [name]:
+            if (namespace, collection) != ("gpufleet", "llm") or tags != [name]:
                 wrong.append(f"{path.name}: {task['name']}")
     assert wrong == []
     assert seen == set(ROLES) - {"host_support"}, (
@@ -280,8 +280,7 @@ def test_one_table_says_which_host_gets_which_role() -> None:
         assert "vars_files:" not in path.read_text(), f"{path.name}: it would be read for each task of each host"
     roles = []
     for name in ("provision", "serve", "gateway"):
-        for task, play in played(ROOT / f"playbooks/plays/{name}.yml"):
-            [role] = task.get("tags", play.get("tags"))
+        for task, [role] in played(ROOT / f"playbooks/plays/{name}.yml"):
             roles.append(role)
             assert task.get("when", f"fleet_roles.{role}") == f"fleet_roles.{role}"
     assert list(dict.fromkeys(roles)) == table
