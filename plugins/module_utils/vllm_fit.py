@@ -10,6 +10,7 @@ from typing import Any
 
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import checked_options, option_problems
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import engine_problems
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_judge import refusals, unjudged_warnings
 
 GB = 1000**3
 # vLLM's wheels are built for CUDA 13, which needs R580, and for compute capability 7.5 and newer.
@@ -135,9 +136,14 @@ def judge(
     differing = [there[instance["name"]] for instance in wanted if there[instance["name"]]["differs"]]
     strangers = [entry for entry in findings["instances"] if not entry["wanted"]]
     held = {instance["name"]: there[instance["name"]] for instance in wanted if there[instance["name"]]["held"]}
+    refused, unjudged = refusals(findings["judgements"]), unjudged_warnings(findings["judgements"])
     return {
-        "problems": look_problems(findings, wanted, settings, check_mode),
-        "warnings": [held_warning(entry, findings["node"]) for entry in differing if entry["held"]],
+        "problems": look_problems(findings, wanted, settings, check_mode)
+        + (refused if settings.get("judgement") == "refuse" else []),
+        "warnings": [held_warning(entry, findings["node"]) for entry in differing if entry["held"]]
+        + (refused if settings.get("judgement") == "warn" else [])
+        # before anything changes, what it takes to ask may be about to come
+        + (unjudged if settings["require_models"] else []),
         "release_complete": release["complete"] or len(contained) == len(wanted),
         "missing_images": [
             image

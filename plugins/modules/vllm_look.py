@@ -13,6 +13,9 @@ short_description: Looks at the vLLM instances of a host and at what they need
 description:
   - Says in one call what the facts of the host do not say, and changes nothing. The instances that are there with their generations and units, and for
     those that are wanted their models and adapters, the release and its options, disk space, and for containers the engine and its images.
+  - With O(judgement) it asks vLLM itself whether it takes what is wanted, where release or image and model are there: its own parser reads the
+    configuration and its configuration objects are built, without weights and without an engine. That takes seconds for each instance that
+    differs; what passed is remembered on the host by its content, and not asked again.
   - With O(settings) it also says, on the controller, what stands in the way of the wanted instances and what has to change. It does not fail by itself.
 options:
   config_path:
@@ -35,10 +38,17 @@ options:
   container_unit:
     description: The unit of instances in containers, as M(gpufleet.llm.vllm_generation) takes it.
     type: path
+  judgement:
+    description:
+      - How vLLM itself is asked. C(program), the text of what it runs; C(user) that it runs as; C(unit), the file of the unit of instances from a
+        release; C(records_path), the directory of the records; C(gpus) of the host.
+      - Without it vLLM is not asked.
+    type: dict
   settings:
     description:
-      - What to judge by. C(device), where the instances compute, V(cuda) or V(cpu); C(gpus) and C(memory_bytes) of the host, as
-        M(gpufleet.llm.host_facts) gives them; C(release_gb), disk space in GB that a release takes while it is built.
+      - What to judge by. C(judgement), whether what vLLM itself refuses is a problem (V(refuse)) or a warning (V(warn)). C(device), where the
+        instances compute, V(cuda) or V(cpu); C(gpus) and C(memory_bytes) of the host, as M(gpufleet.llm.host_facts) gives them; C(release_gb),
+        disk space in GB that a release takes while it is built.
       - C(require_models) says whether a model or an engine that is not there is a problem. In check mode a model never is, because the run would bring
         it, and an engine is not before the first instance runs.
       - Without it nothing is judged.
@@ -173,6 +183,9 @@ findings:
       description: The Docker engine with C(version), C(compose), C(cdi_directories) and C(cdi), or C(complaint) where none answers. Empty when no wanted
         instance runs in a container.
       type: dict
+    judgements:
+      description: For each instance that vLLM was asked about its C(refusal), empty when there is none, or why it is C(unjudged), and the C(seconds).
+      type: dict
     published:
       description: Wanted ports that containers of others publish, each with C(port) and C(container).
       type: list
@@ -190,7 +203,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_container
+from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_container, vllm_judge_host
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import checked_options
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container_host import Engine
@@ -302,6 +315,21 @@ def instance_findings(module: AnsibleModule) -> list[dict[str, Any]]:
     return found
 
 
+def judgements(module: AnsibleModule, findings: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM says of the wanted instances that are to change, where what it takes to ask it is there."""
+    settings, there = module.params["judgement"], {entry["name"]: entry for entry in findings["instances"]}
+    if not settings:
+        return {}
+
+    def can_be_asked(wanted: dict[str, Any]) -> bool:
+        entry, image = there[wanted["name"]], wanted.get("container", {}).get("image")
+        runs = image in findings["images"] if image else findings["release"]["complete"]
+        return runs and entry["differs"] and not entry["held"] and findings["models"][wanted["name"]]["present"]
+
+    judge = vllm_judge_host.Judge(settings, module.params["release"], remember=not module.check_mode)
+    return judge.judge([wanted for wanted in module.params["wanted"] if can_be_asked(wanted)])
+
+
 def look(module: AnsibleModule) -> dict[str, Any]:
     """The findings."""
     wanted: list[dict[str, Any]] = module.params["wanted"]
@@ -311,7 +339,7 @@ def look(module: AnsibleModule) -> dict[str, Any]:
     images = dict.fromkeys(instance["container"]["image"] for instance in contained)
     engine = Engine(commands(module))
     published = engine.published() if wanted else {}
-    return {
+    findings = {
         "node": os.uname().nodename,
         "deployed": Path(module.params["config_path"]).is_dir(),
         "container_files": Path(module.params["container_unit"] or "/nonexistent").exists(),
@@ -322,6 +350,7 @@ def look(module: AnsibleModule) -> dict[str, Any]:
         "published": [{"port": port, "container": name} for port, name in published.items() if port in ports],
         "images": [image for image in images if engine.has(image)],
     }
+    return {**findings, "judgements": judgements(module, findings)}
 
 
 ARGUMENTS: dict[str, Any] = {
@@ -330,6 +359,7 @@ ARGUMENTS: dict[str, Any] = {
     "release": {"type": "path", "default": "/nonexistent"},
     "inputs": {"type": "dict", "default": {}},
     "container_unit": {"type": "path"},
+    "judgement": {"type": "dict"},
     "settings": {"type": "dict"},  # the action keeps it
 }
 

@@ -535,7 +535,7 @@ class Systemd(FakeModule):
 
 
 def look(path: Path, *instances: dict[str, Any], **parameters: Any) -> dict[str, Any]:
-    return vllm_look.look(Systemd(path / "etc", wanted=list(instances), **parameters))
+    return vllm_look.look(Systemd(path / "etc", wanted=list(instances), judgement=None, **parameters))
 
 
 def judge(
