@@ -13,8 +13,8 @@ short_description: Looks at the vLLM instances of a host and at what they need
 description:
   - Says in one call what the facts of the host do not say, and changes nothing. The instances that are there with their generations and units, and for
     those that are wanted their models and adapters, the release and its options, disk space, and for containers the engine and its images.
-  - With O(judgement) it asks vLLM itself whether it takes what is wanted, where release or image and model are there: its own parser reads the
-    configuration and its configuration objects are built, without weights and without an engine. That takes seconds for each instance that
+  - With O(judgement) it asks vLLM itself whether it takes what is wanted, where release or image and model are there. Its own parser reads the
+    configuration, and its configuration objects are built, without weights and without an engine. That takes seconds for each instance that
     differs; what passed is remembered on the host by its content, and not asked again.
   - With O(settings) it also says, on the controller, what stands in the way of the wanted instances and what has to change. It does not fail by itself.
 options:
