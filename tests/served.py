@@ -94,6 +94,27 @@ def ends_before_a_stop(
     assert host.check_output("systemctl show --property=Result --value vllm@%s", name) == "success"
 
 
+class Client:
+    """One who goes on asking an instance while something happens."""
+
+    def __init__(self, host: Host, port: int, model: str) -> None:
+        self.answers: list[int] = []
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.work, args=(host, port, model))
+
+    def work(self, host: Host, port: int, model: str) -> None:
+        while not self.over.wait(0.5):
+            self.answers.append(ask(host, port, model, tokens=1)[0])
+
+    def __enter__(self) -> Client:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+
 @dataclass(frozen=True)
 class Asked:
     """An instance, asked from its own host, as tests/stand_in/contract.py wants it."""

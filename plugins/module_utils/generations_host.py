@@ -21,6 +21,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.files import read, wr
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import render_environment
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import COMPOSE
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_spelling import render_config
 
 CONFIRMED = "confirmed"
 # In the directory of an instance: as long as it is there, the instance stays as it is.
@@ -28,20 +29,6 @@ HELD = "held"
 FILES = ("config.yaml", "environment", "gate.json", "inputs")
 RUNTIME = Path("/run/vllm")
 UNITS = Path("/etc/systemd/system")
-
-
-def render_config(config: dict[str, Any]) -> str:
-    """Render the file for `vllm serve --config`: YAML with a line for each option, nested values as JSON, which YAML contains.
-
-    What is nested in a list is a string with JSON in it: vLLM hands the entries of a list to its parser as strings, a mapping
-    as Python writes it, which the parser refuses.
-    """
-    lines = []
-    for key, value in config.items():
-        if isinstance(value, list):
-            value = [json.dumps(entry) if isinstance(entry, dict | list) else entry for entry in value]
-        lines.append(f"{key}: {json.dumps(value)}\n")
-    return "".join(lines)
 
 
 class Deployed:

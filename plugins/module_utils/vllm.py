@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,7 +69,17 @@ OWNED_OPTIONS = {
     "shutdown-timeout": "it comes from vllm_shutdown_timeout, which the unit's stop time belongs to",
     "uds": "the gateway reaches vLLM by address and port",
     "headless": "an instance without an endpoint can be neither gated nor reached",
+    "data-parallel-multi-port-external-lb": "the gateway reaches an instance at one port",
+    **dict.fromkeys(("grpc", "grpc-port"), "the gate and the gateway ask vLLM by HTTP"),
+    **dict.fromkeys(
+        ("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs", "ssl-ciphers", "enable-ssl-refresh"),
+        "TLS ends at the gateway, and the gate and the gateway ask vLLM by plain HTTP",
+    ),
 }
+
+# Options of whose GPUs each has a part of the model, and the one that makes copies of it.
+SHARDS = ("tensor-parallel-size", "pipeline-parallel-size", "prefill-context-parallel-size")
+COPIES = "data-parallel-size"
 
 # What stands in every configuration and comes from the role: no table of options is asked about it.
 ROLE_OPTIONS = ("model", "host", "port", "shutdown-timeout")
@@ -97,14 +108,16 @@ REFUSED_ENVIRONMENT = {
 def option_problems(options: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
     """Compare options with what `vllm serve` accepts.
 
-    `table` maps an option's long name to bool, int, float, list, any, or to its list of choices. An empty one says that nobody
-    knows yet; the release itself is asked once it is built.
+    `table` maps an option's long name to its kind, of which roles/vllm/files/dump_options.py tells, or to its list of choices. An empty
+    one says that nobody knows yet; the release itself is asked once it is built.
     Returns one sentence for each problem: the option, what is wrong, what would be right.
     """
     problems = []
     for name, value in options.items():
         if name in OWNED_OPTIONS:
             problems.append(f"option {name!r} cannot be set here: {OWNED_OPTIONS[name]}")
+        elif name == "api-server-count" and value == 0:
+            problems.append(f"option {name!r} is 0, with which no endpoint starts; it must be 1 or more")
         elif name in table:
             if wrong := value_problem(value, table[name]):
                 problems.append(f"option {name!r} {wrong}")
@@ -135,7 +148,7 @@ def value_problem(value: Any, kind: Any) -> str:
     """What is wrong with a value of an option, or nothing."""
     if value is None:
         return "has no value"
-    if kind == "bool":
+    if kind in ("bool", "flag"):
         return "" if isinstance(value, bool) else f"is {value!r}; it must be true or false"
     if isinstance(value, bool):
         return f"is {value!r}; it takes a value, not true or false" if kind != "any" else ""
@@ -267,17 +280,30 @@ def gpu_problems(instance: Mapping[str, Any], device: str) -> list[str]:
             problems.append(f"{key!r} must be a list of numbers from 0")
             return problems
     gpus, options = instance.get("gpus") or [], instance.get("options") or {}
+    if len(set(gpus)) < len(gpus):
+        problems.append("'gpus' names a GPU twice")
     if device == "cpu" and gpus:
         problems.append("'gpus' must be empty: vllm_device is cpu")
     if device == "cuda" and not gpus:
         problems.append("'gpus' is empty: name the GPUs of this instance, or set vllm_device: cpu")
-    wanted = 1
-    for key in ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size"):
-        size = options.get(key, 1)
-        wanted *= size if isinstance(size, int) else 1
-    if device == "cuda" and gpus and wanted > len(gpus) and "nnodes" not in options:
-        problems.append(f"'gpus' names {len(gpus)} GPU(s), but its parallel sizes need {wanted}")
+    used = gpus_used(options)
+    if device == "cuda" and gpus and used and used != len(gpus) and "nnodes" not in options:
+        names = ", ".join(name for name in (*SHARDS, COPIES) if name in options)
+        sizes = f"parallel sizes ({names})" if names else "parallel sizes, which are all 1,"
+        problems.append(
+            f"'gpus' names {len(gpus)} GPU(s), but its {sizes} use {used}; "
+            f"set 'tensor-parallel-size' so that their product is {len(gpus)}, or name {used} GPU(s)"
+        )
     return problems
+
+
+def gpus_used(options: Mapping[str, Any]) -> int:
+    """How many GPUs of its host vLLM uses with these options; 0 when a size is no number, which is told elsewhere."""
+    copies = options.get(COPIES, 1)
+    if "data-parallel-rank" in options or options.get("data-parallel-external-lb"):
+        copies = 1  # the others are other instances
+    sizes = [options.get("data-parallel-size-local", copies), *(options.get(name, 1) for name in SHARDS)]
+    return math.prod(sizes) if all(isinstance(size, int) and size > 0 for size in sizes) else 0
 
 
 def repeated(key: str, values: Iterable[Any]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from ansible_collections.gpufleet.llm.plugins.module_utils import vllm_keys
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import checked_options, option_problems
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import engine_problems
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_judge import refusals, unjudged_warnings
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_weights import need, share_problems, weights_problems
 
 GB = 1000**3
@@ -139,11 +140,17 @@ def judge(
     strangers = [entry for entry in findings["instances"] if not entry["wanted"]]
     held = {instance["name"]: there[instance["name"]] for instance in wanted if there[instance["name"]]["held"]}
     fit, estimates = settings.get("fit", "refuse"), overrulable(host_estimates(findings, wanted, settings))
+    judgement, refused = settings.get("judgement"), refusals(findings["judgements"])
     warnings = [held_warning(entry, findings["node"]) for entry in differing if entry["held"]]
     warnings += estimates if fit == "warn" else []
     warnings += container_warnings(contained, settings) if fit != "off" else []
+    warnings += refused if judgement == "warn" else []
+    # before anything changes, what it takes to ask may be about to come
+    warnings += unjudged_warnings(findings["judgements"]) if settings["require_models"] else []
     return {
-        "problems": look_problems(findings, wanted, settings, check_mode) + (estimates if fit == "refuse" else []),
+        "problems": look_problems(findings, wanted, settings, check_mode)
+        + (estimates if fit == "refuse" else [])
+        + (refused if judgement == "refuse" else []),
         "warnings": warnings,
         "release_complete": release["complete"] or len(contained) == len(wanted),
         "missing_images": [

@@ -148,6 +148,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.program import comman
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import render_environment
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import COMPOSE
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container_host import FETCHED, ContainerError, Engine
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_spelling import render_config
 
 
 def prepared(module: AnsibleModule) -> dict[str, Any]:
@@ -207,7 +208,7 @@ def exported(instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 ],
                 "files": [{"path": path, "beside": vllm_container.beside(path)} for path in files],
                 "compose": vllm_container.exported(file, f"vllm-{wanted['name']}", files),
-                "config": generations_host.render_config(config),
+                "config": render_config(config),
                 "environment": render_environment(wanted["environment"]),
             }
         )

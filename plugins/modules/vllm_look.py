@@ -14,6 +14,9 @@ description:
   - Says in one call what the facts of the host do not say, and changes nothing. The instances that are there with their generations and units, and for
     those that are wanted their models and whatever else their options name, the release and its options, disk space, and for containers the engine and
     its images.
+  - With O(judgement) it asks vLLM itself whether it takes what is wanted, where release or image and model are there. Its own parser reads the
+    configuration, and its configuration objects are built, without weights and without an engine. That takes seconds for each instance that
+    differs; what passed is remembered on the host by its content, and not asked again.
   - With O(settings) it also says, on the controller, what stands in the way of the wanted instances and what has to change. It does not fail by itself.
 options:
   config_path:
@@ -44,6 +47,12 @@ options:
     description: Name of the user that runs vLLM, who has to be able to read what is named.
     type: str
     default: vllm
+  judgement:
+    description:
+      - How vLLM itself is asked. C(program), the text of what it runs; C(user) that it runs as; C(unit), the file of the unit of instances from a
+        release; C(records_path), the directory of the records; C(gpus) of the host.
+      - Without it vLLM is not asked.
+    type: dict
   settings:
     description:
       - What to judge by. C(device), where the instances compute, V(cuda) or V(cpu); C(gpus) and C(memory_bytes) of the host, as
@@ -51,7 +60,7 @@ options:
         C(internal_key), the SHA-256 of the wanted internal key, and C(former_key_seconds), for how long a former one is taken once no gateway shows
         it any more.
       - C(fit) says what an estimate does by which an instance does not fit its host, V(refuse), V(warn) or V(off). C(driver_due) says that the driver is
-        about to change.
+        about to change. C(judgement) says whether what vLLM itself refuses is a problem (V(refuse)) or a warning (V(warn)).
       - C(require_models) says whether a model or an engine that is not there is a problem. In check mode a model never is, because the run would bring
         it, and an engine is not before the first instance runs.
       - Without it nothing is judged.
@@ -215,6 +224,9 @@ findings:
       description: The Docker engine with C(version), C(compose), C(cdi_directories) and C(cdi), or C(complaint) where none answers. Empty when no wanted
         instance runs in a container.
       type: dict
+    judgements:
+      description: For each instance that vLLM was asked about its C(refusal), empty when there is none, or why it is C(unjudged), and the C(seconds).
+      type: dict
     published:
       description: Wanted ports that containers of others publish, each with C(port) and C(container).
       type: list
@@ -236,6 +248,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils import (
     generations_host,
     vllm_container,
+    vllm_judge_host,
     vllm_keys,
     vllm_named_files_host,
     vllm_shared_gpus,
@@ -342,6 +355,21 @@ def accepted_keys(module: AnsibleModule) -> str:
     return vllm_keys.rendered({vllm_keys.digest(key): None}) if key and not file.exists() else read(file)
 
 
+def judgements(module: AnsibleModule, findings: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM says of the wanted instances that are to change, where what it takes to ask it is there."""
+    settings, there = module.params["judgement"], {entry["name"]: entry for entry in findings["instances"]}
+    if not settings:
+        return {}
+
+    def can_be_asked(wanted: dict[str, Any]) -> bool:
+        entry, image = there[wanted["name"]], wanted.get("container", {}).get("image")
+        runs = image in findings["images"] if image else findings["release"]["complete"]
+        return runs and entry["differs"] and not entry["held"] and findings["models"][wanted["name"]]["present"]
+
+    judge = vllm_judge_host.Judge(settings, module.params["release"], remember=not module.check_mode)
+    return judge.judge([wanted for wanted in module.params["wanted"] if can_be_asked(wanted)])
+
+
 def look(module: AnsibleModule) -> dict[str, Any]:
     """The findings."""
     wanted: list[dict[str, Any]] = module.params["wanted"]
@@ -351,7 +379,7 @@ def look(module: AnsibleModule) -> dict[str, Any]:
     images = dict.fromkeys(instance["container"]["image"] for instance in contained)
     engine = Engine(commands(module))
     published = engine.published() if wanted else {}
-    return {
+    findings = {
         "node": os.uname().nodename,
         "deployed": Path(module.params["config_path"]).is_dir(),
         "container_files": Path(module.params["container_unit"] or "/nonexistent").exists(),
@@ -374,6 +402,7 @@ def look(module: AnsibleModule) -> dict[str, Any]:
         "published": [{"port": port, "container": name} for port, name in published.items() if port in ports],
         "images": [image for image in images if engine.has(image)],
     }
+    return {**findings, "judgements": judgements(module, findings)}
 
 
 ARGUMENTS: dict[str, Any] = {
@@ -384,6 +413,7 @@ ARGUMENTS: dict[str, Any] = {
     "container_unit": {"type": "path"},
     "accepted_keys": {"type": "path", "default": "/nonexistent", "no_log": False},
     "user": {"type": "str", "default": "vllm"},
+    "judgement": {"type": "dict"},
     "settings": {"type": "dict"},  # the action keeps it
 }
 

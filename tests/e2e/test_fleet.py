@@ -455,8 +455,33 @@ def test_verify_alone_passes_and_names_what_is_wrong(fleet: Fleet) -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_a_configuration_that_vllm_refuses_stops_nothing(fleet: Fleet) -> None:
+    """The preflight asks vLLM itself, on the host: a client behind the gateway sees nothing of it."""
+    worker = WORKERS[0]
+    good, pid = on(worker, "readlink /etc/vllm/chat/current"), on(worker, "systemctl show -p MainPID vllm@chat")
+    instance = {
+        "name": "chat",
+        "model": fleet.model,
+        "port": 8000,
+        "cpus": [0],
+        "options": {"max-model-len": 10_000_000},
+    }
+    with Watch(fleet) as watch:
+        arguments = ("--limit", worker, "--tags", "vllm")
+        done = playbook("site.yml", *arguments, variables={"vllm_instances": [instance]}, check=False)
+    FIGURES["a configuration that vLLM refuses, asked before: run"] = f"{done.seconds:.0f} s"
+    assert done.status != 0
+    assert "vLLM itself refuses this: User-specified max_model_len (10000000) is greater" in " ".join(
+        done.output.split()
+    )
+    assert watch.failures() == [] and watch.longest_gap() < 5, watch.told()
+    assert on(worker, "readlink /etc/vllm/chat/current") == good
+    assert on(worker, "systemctl show -p MainPID vllm@chat") == pid
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_a_configuration_that_vllm_refuses_is_taken_back(fleet: Fleet) -> None:
-    """It passes every check that Ansible can make, and fails in the engine. The other host goes on answering.
+    """Nobody asks vLLM before, and it fails in the engine. The other host goes on answering.
 
     Nothing takes the host out of the gateway before it stops yet (drain is to come), and vLLM answers 500 while it drains:
     so some requests may fail in these seconds, but the service is never away.
@@ -473,8 +498,9 @@ def test_a_configuration_that_vllm_refuses_is_taken_back(fleet: Fleet) -> None:
     }
     with Watch(fleet) as watch:
         arguments = ("--limit", worker, "--tags", "vllm")
-        done = playbook("site.yml", *arguments, variables={"vllm_instances": [instance]}, check=False)
-    FIGURES["a configuration that vLLM refuses: run, way back included"] = f"{done.seconds:.0f} s"
+        variables = {"vllm_instances": [instance], "vllm_judgement": "off"}
+        done = playbook("site.yml", *arguments, variables=variables, check=False)
+    FIGURES["a configuration that vLLM refuses, unasked: run, way back included"] = f"{done.seconds:.0f} s"
     FIGURES["a client meanwhile"] = watch.told()
     assert done.status != 0
     assert done.recap()[worker]["failed"] == 1
@@ -696,9 +722,10 @@ def test_runs_that_die_while_vllm_changes_converge_on_the_next(fleet: Fleet) -> 
     def wanted(number: int) -> dict[str, Any]:
         lengths = [1024, 2048, 10_000_000] if rounds > 8 else [1024, 2048]
         return {
+            "vllm_judgement": "off",
             "vllm_instances": [
                 {**instance, "options": {**instance["options"], "max-model-len": lengths[number % len(lengths)]}}
-            ]
+            ],
         }
 
     arguments = ("site.yml", "--limit", worker, "--tags", "vllm")

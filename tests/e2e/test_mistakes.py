@@ -175,7 +175,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "GPU on a CPU host": (instance(gpus=[0]), "'gpus' must be empty: vllm_device is cpu"),
     "fewer GPUs than the parallel sizes": (
         {**instance(gpus=[0], options={"tensor-parallel-size": 2}), "vllm_device": "cuda"},
-        "'gpus' names 1 GPU(s), but its parallel sizes need 2",
+        "'gpus' names 1 GPU(s), but its parallel sizes (tensor-parallel-size) use 2",
     ),
     "port out of range": (instance(port=80000), "port is 80000; it must be a number from 1024 to 65535"),
     "port in words": (instance(port="http"), "vllm_instances[0] (chat): port is 'http', but must be a whole number"),

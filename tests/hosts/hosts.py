@@ -60,8 +60,9 @@ UBUNTU_IMAGES = {"ubuntu2204": "ubuntu:22.04", "ubuntu2404": "ubuntu:24.04"}
 # What decides what a prepared image has: when one of these changes, it is made anew.
 PREPARED = "-vllm"
 PREPARED_FROM = (
-    "tests/hosts/prepare.yml", "plugins/modules/uv_release.py", "plugins/modules/vllm_release.py", "roles/uv", "roles/vllm/defaults", "roles/vllm/files",
-    "roles/vllm/tasks/release.yml", "inventories/demo/group_vars",
+    "tests/hosts/prepare.yml", "plugins/modules/uv_release.py", "plugins/modules/vllm_release.py", "roles/uv", "roles/vllm/defaults",
+    "roles/vllm/files/locks", "roles/vllm/files/dump_options.py", "roles/vllm/files/compile_kernel.py", "roles/vllm/tasks/release.yml",
+    "inventories/demo/group_vars",
 )  # fmt: skip
 # What a container needs to boot systemd without being privileged.
 RUN_OPTIONS = [

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ansible_collections.gpufleet.llm.plugins.module_utils import model_kinds
+from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_spelling import render_config
 
 RECORDED = Path(__file__).with_name("vllm-0.32.0-cpu.prom")
 FRAME = {"id", "object", "created", "model", "choices"}
@@ -315,3 +316,57 @@ def _answers(server: Server) -> bool:
         return server.ask("/health", key=None).status == 200
     except (OSError, ValueError):
         return False
+
+
+# Asks roles/vllm/files/judge.py, in the directory that is its argument, several things at once: importing vLLM takes longest.
+JUDGE_ALL = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import judge
+output = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+answers = [judge.judge(request) for request in json.load(sys.stdin)]
+output.write(json.dumps(answers) + chr(10))
+output.close()
+os._exit(0)
+"""
+# What is wished, as it stands in the file where that is not what the role would write, and what vLLM says to it.
+JUDGED: list[tuple[dict[str, Any], str, str]] = [
+    ({}, "", ""),
+    ({"max-model-len": "1k"}, "", ""),
+    ({"max-model-len": "auto"}, "", ""),
+    ({"enforce-eager": True, "enable-prefix-caching": False, "disable-log-stats": False}, "", ""),
+    ({"enable-prefix-caching": False}, "enable-prefix-caching: false", "'enable-prefix-caching' is False, but vLLM reads"),
+    ({"enforce-eager": False}, "enforce-eager: false", ""),  # dropped, and what it is by itself
+    ({"allowed-origins": ["https://a", "https://b"]}, "", ""),
+    ({"allowed-origins": ["https://a"]}, 'allowed-origins: ["https://a"]', "argument --allowed-origins: "),
+    ({"middleware": ["a.One", "b.Two"], "allowed-media-domains": ["a.example", "b.example"]}, "", ""),
+    ({"hf-overrides": {"rms_norm_eps": 0.00001}}, "", ""),
+    (
+        {"hf-overrides": {"rms_norm_eps": 0.00001}},
+        'hf-overrides: {"rms_norm_eps": 1e-05}',
+        "'hf-overrides' is {'rms_norm_eps': 1e-05}, but vLLM reads {'rms_norm_eps': '1e-05'}",
+    ),
+    ({"compilation-config": "{not json"}, "", "Invalid JSON"),
+    ({"quantization": "nonsense"}, "", "Unknown quantization method: nonsense. Must be one of ["),
+    ({"gpu-memory-utilization": 1.5}, "", "Input should be less than or equal to 1"),
+    ({"max-model-len": 1_000_000}, "", "User-specified max_model_len (1000000) is greater than the derived max_model_len"),
+    ({"max-model-length": 5}, "", "option 'max-model-length' is not one of vllm serve's"),
+    ({"dtype": "float7"}, "", "argument --dtype: invalid choice: 'float7'"),
+    ({"tensor-parallel-size": "two"}, "", "argument --tensor-parallel-size"),
+    ({"compilation-config": False}, "", "option 'compilation-config' is False; it takes a value, not true or false"),
+    ({"enable-auto-tool-choice": True}, "", "--enable-auto-tool-choice requires --tool-call-parser"),
+    ({"enable-auto-tool-choice": True, "tool-call-parser": "nobody"}, "", "invalid tool call parser: nobody"),
+]  # fmt: skip
+
+
+def it_judges(model: str, ask: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    """What it would refuse when it starts it says before, and what is not understood as it was meant is found. `model` is a directory."""
+    base = {"model": model, "served-model-name": ["served"], "host": "127.0.0.1", "port": 8000}
+    requests = [
+        {"config": render_config({**base, **({} if text else wish)}) + f"{text}\n", "wish": {**base, **wish}}
+        for wish, text, _expected in JUDGED
+    ]
+    for (wish, _text, expected), answer in zip(JUDGED, ask(requests), strict=True):
+        refusal = answer["refusal"]
+        assert expected in refusal and "\n" not in refusal if expected else refusal == "", (wish, answer)

@@ -283,6 +283,19 @@ def test_its_options_are_those_that_vllm_printed(site: Path) -> None:
     assert json.loads(done.stdout) == json.loads((ROOT / "roles/vllm/files/options/0.32.0-cpu.json").read_text())
 
 
+def test_it_judges_as_vllm_does(site: Path, home: Path) -> None:
+    def ask(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        done = subprocess.run(
+            [sys.executable, "-c", contract.JUDGE_ALL, str(ROOT / "roles/vllm/files")],
+            env={**os.environ, "PYTHONPATH": str(site)}, input=json.dumps(requests), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return list(json.loads(done.stdout))
+
+    (home / "config.json").write_text('{"max_position_embeddings": 8192}')
+    contract.it_judges(str(home), ask)
+
+
 def test_the_same_sources_give_the_same_wheel(tmp_path: Path) -> None:
     one, two = (wheel.write(tmp_path / name) for name in ("one", "two"))
     assert one[0].read_bytes() == two[0].read_bytes()

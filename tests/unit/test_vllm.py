@@ -22,7 +22,7 @@ GOOD: dict[str, Any] = {
 
 def lora(*entries: Any) -> dict[str, Any]:
     """Options with these adapters."""
-    return {"enable-lora": True, "lora-modules": list(entries)}
+    return {"tensor-parallel-size": 2, "enable-lora": True, "lora-modules": list(entries)}
 
 
 def problems(*changes: dict[str, Any], device: str = "cuda") -> str:
@@ -47,7 +47,22 @@ def test_a_good_instance_has_no_problem() -> None:
         ({"gpus": []}, "'gpus' is empty"),
         ({"gpus": [-1]}, "'gpus' must be a list of numbers from 0"),
         ({"gpus": "0,1"}, "'gpus' must be a list of numbers from 0"),
-        ({"gpus": [0]}, "'gpus' names 1 GPU(s), but its parallel sizes need 2"),
+        (
+            {"gpus": [0]},
+            "'gpus' names 1 GPU(s), but its parallel sizes (tensor-parallel-size) use 2; set 'tensor-parallel-size' so that their product is 1, "
+            "or name 2 GPU(s)",
+        ),
+        ({"gpus": [0, 1, 2, 3]}, "'gpus' names 4 GPU(s), but its parallel sizes (tensor-parallel-size) use 2;"),
+        (
+            {"gpus": [0, 1, 2, 3], "options": {}},
+            "'gpus' names 4 GPU(s), but its parallel sizes, which are all 1, use 1; set 'tensor-parallel-size' so that their product is 4",
+        ),
+        (
+            {"options": {"tensor-parallel-size": 2, "prefill-context-parallel-size": 2}},
+            "parallel sizes (tensor-parallel-size, prefill-context-parallel-size) use 4",
+        ),
+        ({"options": {"data-parallel-size": 2, "data-parallel-rank": 0}}, "parallel sizes (data-parallel-size) use 1"),
+        ({"gpus": [1, 1]}, "'gpus' names a GPU twice"),
         (
             {"options": {"max-model-length": 1}},
             "option 'max-model-length' is not one of vllm serve's; did you mean 'max-model-len'?",
@@ -64,6 +79,13 @@ def test_a_good_instance_has_no_problem() -> None:
         ({"options": {"max-model-len": None}}, "'max-model-len' has no value"),
         ({"options": {"host": "10.0.0.1"}}, "option 'host' cannot be set here: it comes from vllm_bind_address"),
         ({"options": {"api-key": "x"}}, "it comes from vllm_internal_key"),
+        (
+            {"options": {"ssl-certfile": "/etc/ssl/a.pem"}},
+            "option 'ssl-certfile' cannot be set here: TLS ends at the gateway",
+        ),
+        ({"options": {"grpc": True}}, "option 'grpc' cannot be set here: the gate and the gateway ask vLLM by HTTP"),
+        ({"options": {"api-server-count": 0}}, "'api-server-count' is 0, with which no endpoint starts"),
+        ({"options": {"disable-log-stats": "no"}}, "'disable-log-stats' is 'no'; it must be true or false"),
         ({"options": lora("poet")}, "option 'lora-modules'[0] is 'poet'; it must be {name: ..., path: ...}"),
         ({"options": lora({"name": "poet"})}, "it must be {name: ..., path: ...}"),
         ({"options": lora({"name": "poet", "path": 5})}, "it must be {name: ..., path: ...}"),
@@ -94,7 +116,7 @@ def test_what_two_instances_may_not_share_is_named() -> None:
 
 
 def test_all_problems_are_told_at_once() -> None:
-    told = problems({"name": "X", "port": 1, "options": {"nonsense": 1}})
+    told = problems({"name": "X", "port": 1, "options": {"tensor-parallel-size": 2, "nonsense": 1}})
     assert told.count("vllm_instances[0]") == 3
 
 

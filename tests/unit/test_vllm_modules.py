@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from ansible_collections.gpufleet.llm.plugins.module_utils import (
     generations_host,
     vllm_container,
@@ -275,18 +274,6 @@ def test_what_somebody_holds_stays_as_it_is(tmp_path: Path, runtime: Path) -> No
     assert generations_host.obsolete(str(tmp_path / "etc"), set()) == ["chat"]
 
 
-def test_vllm_reads_the_entries_of_a_list_as_it_needs_them() -> None:
-    """vLLM 0.32 and 0.33 give str() of an entry to the parser of the option, and json.dumps() of a mapping."""
-    overrides = {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}
-    text = generations_host.render_config({"lora-modules": [{"name": "it's", "path": "/a"}], "hf-overrides": overrides})
-    read = yaml.safe_load(text)
-    assert json.loads(str(read["lora-modules"][0])) == {"name": "it's", "path": "/a"}
-    assert read["hf-overrides"] == overrides
-    assert yaml.safe_load(generations_host.render_config({"served-model-name": ["a", "b"]})) == {
-        "served-model-name": ["a", "b"]
-    }
-
-
 def test_another_revision_of_an_adapter_is_a_new_generation(tmp_path: Path) -> None:
     link = tmp_path / "poet"
     texts = []
@@ -510,7 +497,7 @@ class Systemd(FakeModule):
 
 
 def look(path: Path, *instances: dict[str, Any], **parameters: Any) -> dict[str, Any]:
-    return vllm_look.look(Systemd(path / "etc", wanted=list(instances), **parameters))
+    return vllm_look.look(Systemd(path / "etc", wanted=list(instances), judgement=None, **parameters))
 
 
 def judge(

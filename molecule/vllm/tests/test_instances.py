@@ -15,7 +15,7 @@ from testinfra.host import Host
 
 from tests import tiny_models
 from tests.roles import ROOT, applied, apply_role, refused, until
-from tests.served import KEY, ask, ends_before_a_stop, generation, main_pid, nothing_is_left_of_a_proof
+from tests.served import KEY, Client, ask, ends_before_a_stop, generation, main_pid, nothing_is_left_of_a_proof
 
 testinfra_hosts = ["docker://vllm-debian13"]
 
@@ -205,11 +205,52 @@ def test_an_environment_that_kills_every_start_is_refused_before_anything_stops(
     assert host.run("ls /opt/vllm/proofs/*.json").rc != 0, "what failed is not recorded"
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"quantization": "nonsense"}, "Unknown quantization method: nonsense."),
+        ({"gpu-memory-utilization": 1.5}, "gpu_memory_utilization: Input should be less than or equal to 1"),
+        ({"max-model-len": 10_000_000}, "User-specified max_model_len (10000000) is greater"),
+        ({"compilation-config": "{not json"}, "argument --compilation-config: Invalid JSON"),
+    ],
+)
+def test_a_wrong_option_costs_no_second_of_service(host: Host, options: dict[str, Any], expected: str) -> None:
+    """Each of them passes the table of options. In check mode, too."""
+    pid, records = main_pid(host, "other"), host.run("ls /opt/vllm/judged").stdout
+    wrong = {**PLAIN, "options": {**PLAIN["options"], **options}}
+    with Client(host, 8001, "other-name") as client:
+        told = refused(host, "vllm", vllm_instances=[CHAT, wrong])
+    assert f"vllm_instances (other): vLLM itself refuses this: {expected}" in told
+    assert len(client.answers) > 2 and set(client.answers) == {200}, client.answers
+    assert (main_pid(host, "other"), generation(host, "other")) == (pid, "2")
+    assert host.run("test -e /etc/vllm/other/3").rc != 0
+    assert host.run("ls /opt/vllm/judged").stdout == records
+    assert host.run("ls /run | grep vllm-judge").rc == 1
+    if "quantization" in options:
+        assert expected in refused(host, "vllm", "--check", vllm_instances=[CHAT, wrong])
+
+
+def asked(host: Host) -> int:
+    """How often vLLM was asked on this host."""
+    text = host.run("journalctl --quiet --no-pager --output=cat _PID=1 --grep 'Started run-.*/judge.py'").stdout
+    return len(text.splitlines())
+
+
+def test_what_vllm_took_it_is_not_asked_about_again(host: Host) -> None:
+    """A refusal of `chat` stops each run; `other` is taken as it is meant, and only the first asks."""
+    refusable = {**CHAT, "options": {**CHAT["options"], "quantization": "nonsense"}}
+    fine = {**PLAIN, "options": {**PLAIN["options"], "enable-prefix-caching": False, "allowed-origins": ["https://a"]}}
+    before = asked(host)
+    for _ in range(2):
+        assert "(other)" not in refused(host, "vllm", vllm_instances=[refusable, fine])
+    assert asked(host) == before + 3
+
+
 def test_a_configuration_that_vllm_refuses_goes_back(host: Host) -> None:
-    """The option is known and of the right type; only the engine, when it starts with the model, says no. The release itself is proved to start."""
+    """Nobody asks it before, so only the engine, when it starts with the model, says no. The release itself is proved to start."""
     before = main_pid(host, "chat")
     broken = {**PLAIN, "options": {**PLAIN["options"], "max-model-len": 10_000_000}}
-    told = refused(host, "vllm", vllm_instances=[CHAT, broken], vllm_start_proof="refuse")
+    told = refused(host, "vllm", vllm_instances=[CHAT, broken], vllm_start_proof="refuse", vllm_judgement="off")
     assert "prove | The proofs answer a completion" in told
     assert len(host.check_output("ls /opt/vllm/proofs/*.json").split()) == 1
     nothing_is_left_of_a_proof(host)

@@ -11,7 +11,6 @@ import json
 import math
 import operator
 import re
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,7 @@ from tests.served import (
     KEY,
     MODEL,
     Asked,
+    Client,
     ask,
     ends_before_a_stop,
     generation,
@@ -44,6 +44,7 @@ CHAT, OTHER, EMBED = INSTANCES
 # What the last tests make of OTHER.
 PLAIN = {**OTHER, "model": MODEL, "options": {**OTHER["options"], "max-model-len": 512}}
 UNITS = ("chat", "other", "embed")
+JUDGE = ROOT / "roles/vllm/files/judge.py"
 METRIC = "vllm:prefix_cache_hits_total{"
 
 
@@ -282,28 +283,43 @@ def test_yarn_is_at_work(host: Host) -> None:
 def test_what_starts_with_no_model_is_refused_before_anything_stops(host: Host) -> None:
     """An environment that kills every start: found with a tiny model, while what runs answers every request."""
     before = main_pid(host, "other")
-    asked: list[int] = []
-    done = threading.Event()
-
-    def client() -> None:
-        while not done.wait(0.5):
-            asked.append(ask(host, 8001, "other-name", tokens=1)[0])
-
-    thread = threading.Thread(target=client)
-    thread.start()
     deadly = {**PLAIN, "environment": {**PLAIN["environment"], "VLLM_LOGGING_LEVEL": "nonsense"}}
-    told = refused(host, "vllm", vllm_instances=[CHAT, deadly], vllm_start_proof="refuse")
-    done.set()
-    thread.join()
+    with Client(host, 8001, "other-name") as client:
+        told = refused(host, "vllm", vllm_instances=[CHAT, deadly], vllm_start_proof="refuse")
     assert "What vLLM instance other on" in told
     assert "does not start, not even with a tiny model" in told
     assert "Unknown level: 'NONSENSE'" in told
     assert "Nothing was stopped" in told
-    assert len(asked) > 5 and set(asked) == {200}, asked
+    assert len(client.answers) > 5 and set(client.answers) == {200}, client.answers
     assert main_pid(host, "other") == before
     assert generation(host, "other") == "2"
     nothing_is_left_of_a_proof(host)
     assert len(host.check_output("ls /opt/vllm/proofs/*.json").split()) == 1, "what failed is not recorded"
+
+
+def test_it_judges_as_the_stand_in_does(host: Host) -> None:
+    """Importing vLLM takes longest, so everything is asked at once."""
+    release = host.check_output("readlink -f /etc/vllm/chat/current/release")
+
+    def ask_all(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        host.check_output("mkdir -p /srv/judge")
+        for name, text in (("judge.py", JUDGE.read_text()), ("requests", json.dumps(requests))):
+            host.check_output(f"printf %%s %s >/srv/judge/{name}", text)
+        environment = "HOME=/tmp VLLM_CACHE_ROOT=/tmp/judge HF_HUB_OFFLINE=1"
+        command = f"cd /tmp && {environment} {release}/bin/python -c %s /srv/judge </srv/judge/requests 2>/dev/null"
+        return list(json.loads(host.check_output(command, contract.JUDGE_ALL)))
+
+    contract.it_judges(f"/srv/models/{MODEL}", ask_all)
+
+
+def test_a_wrong_option_costs_no_second_of_service(host: Host) -> None:
+    before = main_pid(host, "other")
+    wrong = {**PLAIN, "options": {**PLAIN["options"], "quantization": "nonsense"}}
+    with Client(host, 8001, "other-name") as client:
+        told = refused(host, "vllm", vllm_instances=[CHAT, wrong])
+    assert "vllm_instances (other): vLLM itself refuses this: Unknown quantization method: nonsense." in told
+    assert len(client.answers) > 2 and set(client.answers) == {200}, client.answers
+    assert (main_pid(host, "other"), generation(host, "other")) == (before, "2")
 
 
 def test_a_running_request_ends_before_its_instance_stops(host: Host) -> None:

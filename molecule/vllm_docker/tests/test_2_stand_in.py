@@ -196,6 +196,14 @@ def test_a_mistake_is_refused_before_anything_changes(
     assert instances.pid("small") == before
 
 
+def test_what_vllm_of_the_image_refuses_stops_nothing(host: Host, instances: Instances, images: dict[str, str]) -> None:
+    before, containers = instances.pid("small"), host.check_output("docker ps --all --quiet")
+    told = fails(host, images["good"], instance={"options": {"quantization": "nonsense"}})
+    assert "vllm_instances (small): vLLM itself refuses this: Unknown quantization method: nonsense." in told
+    assert instances.pid("small") == before
+    assert host.check_output("docker ps --all --quiet") == containers
+
+
 def test_a_tag_is_taken_when_it_is_allowed(host: Host, instances: Instances) -> None:
     run(host, "127.0.0.1:5000/played:next", vllm_image_allow_tags=True)
     assert instances.version() == "next"

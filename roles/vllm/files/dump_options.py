@@ -1,6 +1,7 @@
 """Prints as JSON what `vllm serve` of the environment that runs this file accepts: option -> type or list of choices.
 
-Types: bool, int, float, list, any. Run once, when a release is built; what is in an inventory is then checked against it.
+Types: bool, flag (a bool without an opposite), int, float, list, append (a list, named once for each entry), any. Run once, when a release
+is built; what is in an inventory is then checked against it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 def kind(action: argparse.Action) -> Any:
     """The type that a value in the configuration file must have; `any` where vLLM parses it itself."""
-    if isinstance(
-        action, argparse.BooleanOptionalAction | argparse._StoreTrueAction
-    ):  # the only public trace of a flag
+    if isinstance(action, argparse.BooleanOptionalAction):
         return "bool"
+    if isinstance(action, argparse._StoreTrueAction):  # the only trace of what is on or not there
+        return "flag"
+    if isinstance(action, argparse._AppendAction):
+        return "append"
     if action.nargs in ("+", "*"):
         return "list"
     if action.choices:

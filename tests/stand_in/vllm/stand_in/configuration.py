@@ -13,36 +13,34 @@ class ConfigurationError(ValueError):
     """What vLLM's engine refuses when it starts."""
 
 
-def words(file: Path) -> list[str]:
-    """The options of a configuration file, in which each line is a name and a JSON value, as words of a command line.
-
-    As vLLM reads it: `true` is the bare name, and `false` is dropped.
-    """
-    found: list[str] = []
-    for line in file.read_text().splitlines():
-        name, colon, text = line.partition(": ")
-        if not colon or line.startswith("#"):
-            continue
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        if value is False:
-            continue
-        found.append(f"--{name}")
-        if value is not True:
-            entries = value if isinstance(value, list) else [value]
-            found += [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
-    return found
+# Some of those that the real one knows.
+QUANTIZATIONS = (
+    "awq",
+    "bitsandbytes",
+    "compressed-tensors",
+    "experts_int8",
+    "fp8",
+    "gptq",
+    "gptq_marlin",
+    "modelopt",
+    "mxfp4",
+    "torchao",
+)
 
 
-def read(parser: argparse.ArgumentParser, arguments: list[str]) -> dict[str, Any]:
-    """What a command line and the file that it names say; ends the program, as vLLM does, when there is no such option."""
-    if "--config" in arguments:
-        place = arguments.index("--config")
-        arguments = [*words(Path(arguments[place + 1])), *arguments[:place], *arguments[place + 2 :]]
-    told = vars(parser.parse_args(arguments))
-    return {name.replace("_", "-"): value for name, value in told.items() if value is not None}
+def told(args: argparse.Namespace) -> dict[str, Any]:
+    """What a command line says, by the names of the options."""
+    return {name.replace("_", "-"): value for name, value in vars(args).items() if value not in (None, False)}
+
+
+def judge(options: dict[str, Any]) -> None:
+    """Refuse what vLLM's configuration objects refuse without looking at the model."""
+    if (method := options.get("quantization")) and method not in QUANTIZATIONS:
+        raise ConfigurationError(f"Unknown quantization method: {method}. Must be one of {list(QUANTIZATIONS)}.")
+    share = options.get("gpu-memory-utilization")
+    if share is not None and not 0 < share <= 1:
+        limit = "greater than 0" if share <= 0 else "less than or equal to 1"
+        raise ConfigurationError(f"gpu_memory_utilization: Input should be {limit}")
 
 
 def judge_template(template: str | None) -> None:
@@ -96,13 +94,14 @@ class Served:
         if not model:
             raise ConfigurationError("no model is named")
         judge_template(options.get("chat-template"))
+        judge(options)
         file = Path(model) / "config.json"
         if not file.is_file():
             raise ConfigurationError(f"Invalid repository ID or local directory specified: '{model}'.")
         config = json.loads(file.read_text())
         longest = int(config.get("max_position_embeddings", 2048))
         wanted = options.get("max-model-len")
-        length = longest if wanted in (None, "auto", "-1") else int(wanted)
+        length = longest if wanted in (None, -1) else int(wanted)
         if length > longest:
             raise ConfigurationError(
                 f"User-specified max_model_len ({length}) is greater than the derived max_model_len "

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 
 from ... import __version__
-from ...stand_in.configuration import ConfigurationError, Served, read
+from ...stand_in.configuration import ConfigurationError, Served, told
 from ...stand_in.server import serve
 from ...stand_in.settings import Settings
 from ...utils.argparse_utils import FlexibleArgumentParser
-from .serve import make_arg_parser
+from .serve import ServeSubcommand
 
 
 def main() -> int:
@@ -21,7 +21,11 @@ def main() -> int:
     if words[:1] != ["serve"]:
         print("usage: vllm serve [MODEL] [--config FILE] [OPTIONS]", file=sys.stderr)
         return 2
-    options = read(make_arg_parser(FlexibleArgumentParser(prog="vllm serve")), words[1:])
+    parser, command = FlexibleArgumentParser(prog="vllm"), ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    args = parser.parse_args(words)
+    command.validate(args)
+    options = told(args)
     try:
         Settings.current().start()
         served = Served.of(options)

@@ -1,0 +1,1 @@
+"""Who uses vLLM, and how."""
