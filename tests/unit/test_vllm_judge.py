@@ -37,7 +37,7 @@ DeviceAllow=char-nvidia* rw
 [Install]
 WantedBy=multi-user.target
 """
-OWN_FILES = ("/etc/vllm/container_key", "/opt/vllm/bin/vllm-container-serve")
+OWN_FILES = {"serve": "/opt/vllm/bin/vllm-container-serve", "library": "/opt/vllm/lib", "keys": "/etc/vllm-keys"}
 
 
 def wanted(model: Path | str = "/srv/models/tiny", **more: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def wanted(model: Path | str = "/srv/models/tiny", **more: Any) -> dict[str, Any
 def in_container() -> dict[str, Any]:
     container = {
         "image": "played@sha256:0", "publish": "127.0.0.1:8000:8000", "cache": "/var/cache/vllm/chat", "user": "vllm", "models_path": "/srv/models",
-        "key_file": OWN_FILES[0], "serve": OWN_FILES[1], "shm_size": "1g", "memory": "2g", "stop_seconds": 50,
+        **OWN_FILES, "shm_size": "1g", "memory": "2g", "stop_seconds": 50,
     }  # fmt: skip
     return wanted(gpus=[1], container=container, runtime="docker")
 
@@ -77,13 +77,15 @@ def test_it_is_asked_in_the_sandbox_of_the_unit() -> None:
 
 def test_in_a_container_it_sees_what_the_instance_sees_and_no_secret() -> None:
     instance = in_container()
-    compose = vllm_container.compose(instance, instance["config"], "990:990", *OWN_FILES)
-    command = vllm_judge.from_image(compose["services"]["vllm"], OWN_FILES, "/run/x/judge.py")
+    compose = vllm_container.compose(instance, instance["config"], "990:990", OWN_FILES)
+    command = vllm_judge.from_image(compose["services"]["vllm"], list(OWN_FILES.values()), "/run/x/judge.py")
     told = " ".join(command)
     assert {"--network=none", "--read-only", "--rm", "--cap-drop=ALL", "--user=990:990", "--pull=never"} <= set(command)
     assert "--device=nvidia.com/gpu=1" in command
     assert "source=/srv/models,target=/srv/models,readonly" in told
-    assert not any(word in told for word in ("container_key", "/var/cache", "secret", "--publish", "gpufleet.instance"))
+    assert not any(
+        word in told for word in ("/etc/vllm", "/opt/vllm", "/var/cache", "secret", "--publish", "gpufleet.instance")
+    )
     assert command[-4:] == ["played@sha256:0", "-c", vllm_judge.IN_IMAGE, vllm_judge.PROGRAM]
 
 
@@ -172,7 +174,8 @@ def judged(judgement: str, answer: dict[str, str], require_models: bool = True) 
     """What the controller makes of an answer: problems and warnings."""
     entry = {"name": "chat", "differs": True, "wanted": True, "held": "", "gate": {}}
     findings = {
-        "node": "gpu-1", "deployed": True, "instances": [entry], "models": {"chat": {"present": True, "weights_bytes": 0, "adapters": []}},
+        "node": "gpu-1", "deployed": True, "instances": [entry], "models": {"chat": {"present": True, "weights": []}},
+        "named": {"chat": []}, "files": [], "accepted_keys": "", "clock": 0,
         "release": {"complete": True, "options": {"max-model-len": "any", "enable-prefix-caching": "bool"}}, "engine": {}, "published": [],
         "images": [], "judgements": {"chat": answer},
     }  # fmt: skip
@@ -182,6 +185,8 @@ def judged(judgement: str, answer: dict[str, str], require_models: bool = True) 
         "memory_bytes": 64 * 10**9,
         "release_gb": 6,
         "require_models": require_models,
+        "internal_key": "0" * 64,
+        "former_key_seconds": 60,
     }
     instance = wanted(gate={})
     instance["config"]["port"] = 8000

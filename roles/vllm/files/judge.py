@@ -164,7 +164,8 @@ def main() -> None:
     signal.alarm(SECONDS)
     request = json.load(sys.stdin)
     os.environ.update(request["environment"])
-    sys.path[1:1] = filter(None, request["environment"].get("PYTHONPATH", "").split(":"))  # which Python has read already
+    # Python has read its own already.
+    sys.path[1:1] = filter(None, request["environment"].get("PYTHONPATH", "").split(":"))
     with os.fdopen(os.dup(1), "w") as output:
         os.dup2(2, 1)
         answer = judge(request)
