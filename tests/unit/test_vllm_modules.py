@@ -257,6 +257,15 @@ def test_what_differs_becomes_a_new_generation(tmp_path: Path, runtime: Path, ch
     assert switch(tmp_path, runtime).current() == 2
 
 
+def test_how_an_instance_is_asked_is_no_reason_to_restart_it(tmp_path: Path, runtime: Path) -> None:
+    """A former version wrote by which path; nobody reads that any more, and a generation that comes back must be asked all the same."""
+    prepare(tmp_path)
+    chat = switch(tmp_path, runtime)
+    (tmp_path / "etc/chat/1/gate.json").write_text('{"name": "chat", "model": "qwen", "api": "completions"}')
+    assert prepare(tmp_path)["pending"] == []
+    assert vllm_generation.gates([chat]) == [{"name": "chat", "model": "qwen"}]
+
+
 def test_what_somebody_holds_stays_as_it_is(tmp_path: Path, runtime: Path) -> None:
     """Nothing is written for it, and it is not removed either when nobody wants it any more."""
     prepare(tmp_path)
