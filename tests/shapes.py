@@ -32,7 +32,7 @@ FACTS = {
     "packages": {}, "units": {}, "ports": [],
 }  # fmt: skip
 HOST = "host-1"
-DECIDES = DataLoader().load_from_file(str(ROOT / "playbooks/vars/roles.yml"), trusted_as_template=True)
+DECIDES = DataLoader().load_from_file(str(ROOT / "playbooks/group_vars/all/roles.yml"), trusted_as_template=True)
 VALUES: dict[str, Any] = {
     "vllm_internal_key": "a" * 64, "vllm_device": "cpu", "ssh_hardening_login_users": ["root"], "gateway_server_names": ["llm.example.com"],
     "tls_certificate_names": ["llm.example.com"], "fleet_address": "10.0.0.11",

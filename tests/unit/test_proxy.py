@@ -147,7 +147,15 @@ DOWNLOADS = {
     "gpufleet.llm.container_image": "",
 }
 # Those that speak to hosts of the fleet only.
-OF_THE_FLEET = {"completion_gate", "endpoint_verify", "docker_host", "model_server", "host_sockets", "start_proof_host"}
+OF_THE_FLEET = {
+    "completion_gate",
+    "endpoint_verify",
+    "docker_host",
+    "model_server",
+    "host_sockets",
+    "start_proof_host",
+    "model_kinds_host",
+}
 # Modules of Ansible by which something could come past the proxy, or with its password among the processes. `uri` asks hosts of the fleet.
 FOREIGN = re.compile(
     r"ansible\.builtin\.(get_url|git|pip|unarchive|apt_key|apt_repository|deb822_repository|subversion)$|community\.docker\."
