@@ -94,7 +94,7 @@ def front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Front:
         ([f"Bearer {OLD.upper()}"], 401),
         ([f"Bearer {vllm_keys.digest(OLD)}"], 401),  # what is read on the host lets nobody in
         (["Bearer \xff"], 401),
-        ([f"Bearer {NEW}", f"Bearer {OLD}"], 401),  # which of them a proxy between would have meant, nobody knows
+        ([f"Bearer {OLD}", f"Bearer {NEW}"], 401),  # which of them a proxy between would have meant, nobody knows
     ],
 )
 def test_who_is_let_in(front: Front, authorization: list[str], expected: int) -> None:
