@@ -236,7 +236,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if repository == "acme/gated":
             return self.refuse(403, "", "no permission")
         name = query["FilePath"]
-        return self.redirect(commit, name) if large(name) else self.send(commit, name, repository)
+        stored = large(name) and name in FILES[commit]
+        return self.redirect(commit, name) if stored else self.send(commit, name, repository)
 
     def huggingface(self, path: str, token: str) -> None:
         if token and token != GOOD:
