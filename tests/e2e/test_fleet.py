@@ -465,6 +465,7 @@ def test_a_configuration_that_vllm_refuses_stops_nothing(fleet: Fleet) -> None:
         "port": 8000,
         "cpus": [0],
         "options": {"max-model-len": 10_000_000},
+        "environment": {"VLLM_CPU_KVCACHE_SPACE": 1},
     }
     with Watch(fleet) as watch:
         arguments = ("--limit", worker, "--tags", "vllm")

@@ -62,7 +62,7 @@ PREPARED = "-vllm"
 PREPARED_FROM = (
     "tests/hosts/prepare.yml", "plugins/modules/uv_release.py", "plugins/modules/vllm_release.py", "roles/uv", "roles/vllm/defaults",
     "roles/vllm/files/locks", "roles/vllm/files/dump_options.py", "roles/vllm/files/compile_kernel.py", "roles/vllm/tasks/release.yml",
-    "inventories/demo/group_vars",
+    "roles/vllm/tasks/user.yml", "inventories/demo/group_vars",
 )  # fmt: skip
 # What a container needs to boot systemd without being privileged.
 RUN_OPTIONS = [

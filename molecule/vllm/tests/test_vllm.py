@@ -285,7 +285,7 @@ def test_what_starts_with_no_model_is_refused_before_anything_stops(host: Host) 
     before = main_pid(host, "other")
     deadly = {**PLAIN, "environment": {**PLAIN["environment"], "VLLM_LOGGING_LEVEL": "nonsense"}}
     with Client(host, 8001, "other-name") as client:
-        told = refused(host, "vllm", vllm_instances=[CHAT, deadly], vllm_start_proof="refuse")
+        told = refused(host, "vllm", vllm_instances=[CHAT, deadly], vllm_start_proof="refuse", vllm_judgement="off")
     assert "What vLLM instance other on" in told
     assert "does not start, not even with a tiny model" in told
     assert "Unknown level: 'NONSENSE'" in told

@@ -36,8 +36,8 @@ def one_line(text: object) -> str:
 def reason(error: BaseException) -> str:
     """What an exception says, and of which option where it knows that."""
     if not hasattr(error, "errors"):
-        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        return one_line(text or type(error).__name__)
+        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error) or type(error).__name__
+        return one_line(text if error.__cause__ is None else f"{text}: {error.__cause__}")
     found = []
     for one in error.errors():  # of pydantic
         where = ".".join(str(part).replace("_", "-") for part in one["loc"])
@@ -104,13 +104,11 @@ def refuse(_parser: argparse.ArgumentParser, message: str) -> NoReturn:
     raise RefusalError(message)
 
 
-def parsed(serve: Any, config: str, wish: dict[str, Any]) -> argparse.Namespace:
+def parsed(vllm: argparse.Namespace, config: str, wish: dict[str, Any]) -> argparse.Namespace:
     """The options, read as the program `vllm` reads them."""
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
     argparse.ArgumentParser.error = refuse  # type: ignore[method-assign]
-    (command,) = (command for command in serve.cmd_init() if command.name == "serve")
-    parser = FlexibleArgumentParser()
+    (command,) = (command for command in vllm.commands() if command.name == "serve")
+    parser = vllm.parser()
     # The file is read by the parser of `vllm`, which knows no option of its commands; a parser of `vllm serve` alone would read more into it.
     of_serve = command.subparser_init(parser.add_subparsers(dest="subparser"))
     check_names(of_serve, wish)
@@ -121,39 +119,55 @@ def parsed(serve: Any, config: str, wish: dict[str, Any]) -> argparse.Namespace:
     return options
 
 
-def build(serve: Any, options: argparse.Namespace) -> None:
+def build(vllm: argparse.Namespace, options: argparse.Namespace) -> None:
     """Build what an engine is started with."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.usage.usage_lib import UsageContext
-
     # It asks for parsers by their names, loads plugins, and listens: here on whatever port is free.
-    _address, listener = serve.setup_server(
+    _address, listener = vllm.listen(
         argparse.Namespace(**{**vars(options), "host": "127.0.0.1", "port": 0, "uds": None}), reuse_port=False
     )
     listener.close()
     if options.model_tag is not None:
         options.model = options.model_tag
-    AsyncEngineArgs.from_cli_args(options).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    vllm.engine.from_cli_args(options).create_engine_config(usage_context=vllm.usage)
+
+
+def imported() -> argparse.Namespace:
+    """What is asked of vLLM, whose modules another version may have elsewhere."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.cli import serve
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return argparse.Namespace(
+        commands=serve.cmd_init,
+        listen=serve.setup_server,
+        parser=FlexibleArgumentParser,
+        engine=AsyncEngineArgs,
+        usage=UsageContext.OPENAI_API_SERVER,
+    )
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the host or a GPU has no room for a look: that says nothing of the configuration."""
+    kinds = ("MemoryError", "OutOfMemoryError", "AcceleratorError")
+    return type(error).__name__ in kinds or "CUDA error" in str(error)
 
 
 def judge(request: dict[str, Any]) -> dict[str, Any]:
     """The answer to a request."""
     try:
-        from vllm.entrypoints.cli import serve
-    except Exception as error:  # whatever it is, it is no word on the configuration
+        vllm = imported()
+    except (ImportError, AttributeError) as error:
         return {"unjudged": f"vLLM cannot be imported: {reason(error)}"}
+    except Exception as error:  # of a variable of the environment, mostly
+        return {"refusal": f"in this environment it does not start: {reason(error)}"}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(request["config"])
         file.flush()
         try:
-            options = parsed(serve, file.name, request["wish"])
-            build(serve, options)
-        except (ImportError, AttributeError, MemoryError) as error:
-            return {"unjudged": f"{type(error).__name__}: {reason(error)}"}
+            build(vllm, parsed(vllm, file.name, request["wish"]))
         except Exception as error:
-            # A full GPU, or another process that has it, says nothing of the configuration.
-            out = type(error).__name__ in ("OutOfMemoryError", "AcceleratorError")
-            return {"unjudged" if out else "refusal": reason(error)}
+            return {"unjudged" if out_of_memory(error) else "refusal": reason(error)}
         except SystemExit as error:
             return {"refusal": f"vllm serve would end with {error.code}"}
     return {"refusal": ""}
