@@ -135,9 +135,8 @@ def judge_fleet(values: Mapping[str, Any]) -> list[str]:
             if "gpufleet.llm.check_inputs" not in task and "loop" not in task:
                 continue
             groups = f"Groups vllm and gateway{', batches of ' if 'fleet_batch' in values else ''}"
-            roles = DECIDES if "vars_files" in play else {}
             given = {
-                **roles,
+                **DECIDES,
                 **play.get("vars", {}),
                 **task.get("vars", {}),
                 "ansible_play_name": groups,
