@@ -13,6 +13,7 @@ weights, so nothing large is downloaded. Each step adds to results.json in the d
     recover     kill -9 of the engine: GPU memory is free again, and systemd brings it back
     throughput  vllm bench serve, in turns: a bare process, the hardened unit, the unit through the gateway
     proof       what the role does when a start would fail: FlashInfer's sampler on a host without a compiler is refused, and the instance serves on
+    judgement   an option that vLLM refuses, without a second of service; what its judgement takes; a new internal key without a restart
     rate        requests that arrive at the rate at which 128 run at a time, against the targets that people bring
     starts      cold (no caches), warm, and a new release that inherits the caches
     parallel    tensor-parallel-size 2, where there are two GPUs
@@ -88,8 +89,10 @@ class Steps:
         self.results[step] = result
         self.file.write_text(json.dumps(self.results, indent=1) + "\n")
 
-    def variables(self, gpus: int = 1, environment: dict[str, str] | None = None) -> dict[str, Any]:
-        """What the inventory takes from here: an instance on so many GPUs, and environment variables of it."""
+    def variables(
+        self, gpus: int = 1, environment: dict[str, str] | None = None, options: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What the inventory takes from here: an instance on so many GPUs, and more environment variables and options of it."""
         on_cpu = self.options.device == "cpu"
         return {
             "gpu_directory": str(self.directory),
@@ -99,6 +102,7 @@ class Steps:
                 "max-model-len": 1024 if self.options.shape == "tiny" else 8192,
                 **({"enforce-eager": True} if on_cpu else {"gpu-memory-utilization": 0.42}),
                 **({"tensor-parallel-size": gpus} if gpus > 1 else {}),
+                **(options or {}),
             },
             "gpu_environment": {**({"VLLM_CPU_KVCACHE_SPACE": 1} if on_cpu else {}), **(environment or {})},
             "vllm_device": self.options.device,
@@ -275,33 +279,74 @@ class Steps:
             **({"proof": max(entry["seconds"] for entry in new.values())} if new else {}),
         }
 
+    @contextlib.contextmanager
+    def asking(self, base: str, key: str) -> Iterator[list[int]]:
+        """Ask all the time; how many requests there were, and how many were answered, is told at the end."""
+        counts, done = [0, 0], threading.Event()
+
+        def client() -> None:
+            while not done.wait(0.2):
+                counts[0] += 1
+                counts[1] += host.complete(base, key)
+
+        thread = threading.Thread(target=client, daemon=True)
+        thread.start()
+        try:
+            yield counts
+        finally:
+            done.set()
+            thread.join()
+
+    def judgement(self) -> None:
+        """What vLLM itself refuses costs no second of service, and a new internal key no restart."""
+        until("the unit answers", lambda: host.complete(host.STRAIGHT, self.internal_key), 600)
+        before = host.show("MainPID")
+        wrong = self.variables(options={"quantization": "nonsense"})
+        with self.asking(host.GATEWAY, self.key) as refusal:
+            output, seconds = self.playbook("--tags", "preflight,uv,vllm", variables=wrong, refused=True)
+        said = re.findall(r"vLLM itself refuses this: ([^\n]*)", output)
+        if not said or host.show("MainPID") != before or refusal[0] != refusal[1]:
+            raise GpuTestError(
+                f"{refusal[1]} of {refusal[0]} requests were answered during a refusal:\n{output[-4000:]}"
+            )
+        judged = [json.loads(file.read_text()) for file in host.JUDGED.glob("*.json")]
+        found = {
+            "refused": seconds,
+            "reason": said[0][:300],
+            "requests": refusal,
+            "judged": [entry["seconds"] for entry in judged],
+            "took_gpu_memory": any(entry.get("gpu") for entry in judged),
+        }
+        former, self.internal_key = self.internal_key, secrets.token_hex(32)
+        (self.directory / "internal_key").write_text(self.internal_key)
+        with self.asking(host.GATEWAY, self.key) as rotation:
+            _output, seconds = self.playbook(variables={**self.variables(), "vllm_former_key_seconds": 1})
+        time.sleep(2)
+        if host.show("MainPID") != before or rotation[0] != rotation[1]:
+            raise GpuTestError(f"{rotation[1]} of {rotation[0]} requests were answered while the internal key changed")
+        if not host.complete(host.STRAIGHT, self.internal_key) or host.complete(host.STRAIGHT, former):
+            raise GpuTestError("the instance does not take the new internal key alone")
+        self.keep("judgement", {**found, "rotated": seconds, "rotation": rotation})
+
     def proof(self) -> None:
         """A start that would fail is refused before anything stops, and one that does not is proved."""
         until("the unit answers", lambda: host.complete(host.STRAIGHT, self.internal_key), 600)
         before = host.show("MainPID")
-        asked, answered, done = 0, 0, threading.Event()
-
-        def client() -> None:
-            nonlocal asked, answered
-            while not done.wait(0.2):
-                asked += 1
-                answered += host.complete(host.STRAIGHT, self.internal_key)
-
-        thread = threading.Thread(target=client, daemon=True)
-        thread.start()
         # On a GPU what killed every start of the release before the role kept it from compiling; a CPU has no such thing.
         deadly = (
             {"VLLM_USE_FLASHINFER_SAMPLER": "1"}
             if self.options.device == "cuda"
             else {"VLLM_LOGGING_LEVEL": "nonsense"}
         )
-        try:
+        with self.asking(host.STRAIGHT, self.internal_key) as requests:
+            # vLLM's judgement sees some of this, too; here it is the proof's turn.
             output, seconds = self.playbook(
-                "--tags", "preflight,uv,vllm", variables=self.variables(environment=deadly), refused=True
+                "--tags",
+                "preflight,uv,vllm",
+                variables={**self.variables(environment=deadly), "vllm_judgement": "off"},
+                refused=True,
             )
-        finally:
-            done.set()
-            thread.join()
+        asked, answered = requests
         reasons = re.findall(r"(?:FileNotFoundError|ValueError|RuntimeError)[^\n]*", output)
         if "Nothing was stopped" not in output or host.show("MainPID") != before or asked != answered:
             raise GpuTestError(f"{answered} of {asked} requests were answered during a refusal:\n{output[-4000:]}")
@@ -542,7 +587,7 @@ class Steps:
         }
 
 
-STEPS = ["deploy", "unit", "recover", "throughput", "proof", "rate", "starts", "parallel", "toolkit"]
+STEPS = ["deploy", "unit", "recover", "throughput", "proof", "judgement", "rate", "starts", "parallel", "toolkit"]
 
 
 def report_file(results: dict[str, Any]) -> Path:

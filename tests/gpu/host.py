@@ -18,6 +18,7 @@ GATEWAY = "https://localhost:443"
 BARE_PORT = 8100
 CA = Path("/etc/ssl/vllm-fleet/ca.pem")
 PROOFS = Path("/opt/vllm/proofs")
+JUDGED = Path("/opt/vllm/judged")
 MODEL = "shape"
 
 

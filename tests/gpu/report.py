@@ -99,6 +99,15 @@ def render(results: dict[str, Any]) -> str:
                 f" With a harmless change the tiny model answered after {passed['proof']:.0f} s, and then the instance was restarted, which took "
                 f"{passed['startup']:.0f} s (warm)."
             )
+    if judgement := results.get("judgement"):
+        parts += [
+            "## vLLM's judgement, and a new internal key",
+            f"vLLM judged a configuration in {spread(judgement['judged'], 1)} s and {'took' if judgement['took_gpu_memory'] else 'took no'} memory of "
+            f"the GPU for it. An option that it refuses (`{judgement['reason'].strip()}`) was told after {judgement['refused']:.0f} s, and "
+            f"{judgement['requests'][1]} of the {judgement['requests'][0]} requests meanwhile were answered. With a new internal key site.yml took "
+            f"{judgement['rotated']:.0f} s and restarted nothing: {judgement['rotation'][1]} of {judgement['rotation'][0]} requests were answered, and "
+            "the former key was refused afterwards.",
+        ]
     for name, title in (("parallel", "Two GPUs, tensor-parallel-size 2"), ("toolkit", "With a CUDA toolkit")):
         if found := results.get(name):
             parts += [f"## {title}", changed_text(found), throughput_table(found.get("throughput", []))]
