@@ -89,12 +89,16 @@ def written(path: Path, umask: int, pipelining: bool) -> dict[str, str]:
                                          "archive_sha256": digest}},
     ]  # fmt: skip
     (place / "vllm").mkdir()
+    (path / "bin").mkdir(exist_ok=True)
+    (path / "bin/systemctl").write_text("#!/bin/sh\n")  # no systemd here: it writes nothing
+    (path / "bin/systemctl").chmod(0o755)
     variables = {"ansible_connection": "local", "ansible_python_interpreter": str(python)}
     (path / "play.yml").write_text(
         yaml.safe_dump([{"hosts": "all", "gather_facts": False, "vars": variables, "tasks": listed}])
     )
     environment = {
         **os.environ,
+        "PATH": f"{path}/bin:{os.environ['PATH']}",
         "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
         "ANSIBLE_PIPELINING": str(pipelining),
         "ANSIBLE_STDOUT_CALLBACK": "default",

@@ -148,12 +148,14 @@ def judged(
         wanted["container"] = {"image": "x"}
     findings = {
         "node": "n", "deployed": True, "release": {"complete": True, "options": {}}, "images": ["x"], "published": [], "files": [], "named": {"chat": []},
+        "judgements": {}, "accepted_keys": "", "clock": 0,
         "instances": [{"name": "chat", "wanted": True, "differs": False, "held": ""}],
         "engine": {"version": "29", "compose": True, "cdi_directories": ["/etc/cdi"], "cdi": True},
         "models": {"chat": {"present": True, "weights": [model(bytes=size)]}},
     }  # fmt: skip
     settings = {
         "device": "cuda", "release_gb": 1, "gpus": [{**GPU, "driver": driver}], "memory_bytes": 10**12, "require_models": True, "fit": fit,
+        "internal_key": "0" * 64, "former_key_seconds": 60,
     }  # fmt: skip
     said = vllm_fit.judge(findings, [wanted], settings, check_mode=False)
     return said["problems"], said["warnings"]
