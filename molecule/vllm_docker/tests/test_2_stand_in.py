@@ -485,9 +485,8 @@ def test_what_another_generation_left_running_is_ended(instances: Instances) -> 
     """As after a stop that the engine did not answer."""
     instances.sh("systemctl stop %s", UNIT)
     [current] = instances.sh("readlink /etc/vllm/small/current").split()
-    other = next(
-        number for number in instances.sh("ls /etc/vllm/small").split() if number.isdigit() and number != current
-    )
+    contained = instances.sh("ls /etc/vllm/small/[0-9]*/compose.json").split()
+    other = next(number for number in (path.split("/")[4] for path in contained) if number != current)
     instances.sh(
         "docker compose --project-name vllm-small-%s --file /etc/vllm/small/%s/compose.json up --detach --pull never 2>&1",
         other,
