@@ -580,7 +580,7 @@ def test_verify_fails_and_clients_are_told_when_nothing_serves(fleet: Fleet) -> 
     failed = playbook("playbooks/verify.yml", check=False)
     assert failed.status != 0
     for row in ("models", f"completion {fleet.model}", f"streaming {fleet.model}"):
-        assert re.search(rf"FAILED +{re.escape(row)} +50[23]", failed.output), failed.output
+        assert re.search(rf"FAILED +{re.escape(row)} +(/v1/completions: )?50[23]", failed.output), failed.output
     assert re.search(r"ok +key needed", failed.output)
     on(WORKERS[1], f"systemctl start --no-block {UNIT}")
     took = until("the gateway serves again", lambda: fleet.complete().status == 200)
