@@ -40,7 +40,7 @@ def test_no_address_of_a_request_is_fetched(host: Host) -> None:
     address = "http://127.0.0.1:22/x.png"
     host.check_output(f"cat >/tmp/fetch.py <<'EOF'\n{FETCH}EOF")
     told = host.check_output(
-        f"VLLM_MEDIA_FETCH_MAX_RETRIES=1 /opt/vllm/releases/*/bin/python /tmp/fetch.py {address} {PIXEL} 2>/dev/null"
+        f"VLLM_MEDIA_FETCH_MAX_RETRIES=1 /opt/vllm/releases/*/bin/python /tmp/fetch.py {address} '{PIXEL}' 2>/dev/null"
     )
     refused, pixel, tried, _pixel = [line for line in told.splitlines() if "Error" in line or line.startswith("(")]
     assert "must be from one of the allowed domains: ['none.invalid']" in refused
