@@ -120,7 +120,6 @@ STREAM_TOKENS = 8
 # A streamed answer takes time between its first and its last piece: 8 tokens take more than this on any hardware. One
 # that a proxy held back arrives all at once.
 STREAM_SPREAD = 0.005
-STREAM_ATTEMPTS = 3
 
 
 class CheckError(Exception):
@@ -295,17 +294,6 @@ def check_answer(endpoint: Endpoint, kind: model_kinds.Kind, path: model_kinds.P
 
 def check_streaming(endpoint: Endpoint, path: model_kinds.Path, model: str) -> str:
     """The answer comes in pieces, while it is made."""
-    times: list[float] = []
-    # What holds streams back does so each time. A server without a free core may hand out one of them all at once.
-    for _attempt in range(STREAM_ATTEMPTS):
-        times = pieces(endpoint, path, model)
-        if times[-1] - times[0] >= STREAM_SPREAD:
-            return f"{len(times)} pieces, first after {times[0]:.2f} s, last after {times[-1]:.2f} s"
-    raise CheckError(f"{len(times)} pieces came all at once after {times[0]:.2f} s: something holds the stream back")
-
-
-def pieces(endpoint: Endpoint, path: model_kinds.Path, model: str) -> list[float]:
-    """The seconds after which the pieces of one streamed answer came."""
     began = time.monotonic()
     times: list[float] = []
     done = False
@@ -320,7 +308,11 @@ def pieces(endpoint: Endpoint, path: model_kinds.Path, model: str) -> list[float
         raise CheckError(f"the stream ended after {len(times)} pieces without [DONE]")
     if len(times) < 3:
         raise CheckError(f"{len(times)} pieces only")
-    return times
+    if times[-1] - times[0] < STREAM_SPREAD:
+        raise CheckError(
+            f"{len(times)} pieces came all at once after {times[0]:.2f} s: something holds the stream back"
+        )
+    return f"{len(times)} pieces, first after {times[0]:.2f} s, last after {times[-1]:.2f} s"
 
 
 def check_forbidden(endpoint: Endpoint, path: str) -> str:
