@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import http.server
 import io
 import json
 import socket
-import threading
 import time
 import wave
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.model_kinds_host impo
 from ansible_collections.gpufleet.llm.plugins.modules import completion_gate
 
 from tests.unit.test_vllm_modules import FakeModule
+from tests.upstream import Upstream, listening
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_PATH = (404, '{"detail":"Not Found"}')
@@ -41,37 +40,23 @@ ANSWERS: dict[str, dict[str, Any]] = {
 ANSWERS |= {"/v2/rerank": ANSWERS["/v1/rerank"], "/rerank": ANSWERS["/v1/rerank"], "/score": ANSWERS["/v1/score"]}
 
 
-class Upstream(http.server.BaseHTTPRequestHandler):
+class Instances(Upstream):
     """An instance that answers as the test wants."""
 
     answer: Callable[[str, Message, bytes], tuple[int, str]]
     metrics: Callable[[], str] = staticmethod(lambda: "")
 
-    def do_GET(self) -> None:
-        told = self.metrics() if self.path == "/metrics" else '{"paths": {"/health": {}, "/v1/realtime": {}}}'
-        self.reply(200, told)
+    def get(self) -> tuple[int, str]:
+        return 200, self.metrics() if self.path == "/metrics" else '{"paths": {"/health": {}, "/v1/realtime": {}}}'
 
-    def do_POST(self) -> None:
-        self.reply(*type(self).answer(self.path, self.headers, self.rfile.read(int(self.headers["Content-Length"]))))
-
-    def reply(self, status: int, text: str) -> None:
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_arguments: object) -> None:
-        """Quiet."""
+    def post(self, body: bytes) -> tuple[int, str]:
+        return type(self).answer(self.path, self.headers, body)
 
 
 @pytest.fixture
 def upstream() -> Iterator[Any]:
-    handler = type("Handler", (Upstream,), {})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    handler.url = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
-    yield handler
-    server.shutdown()
-    server.server_close()
+    with listening(Instances) as handler:
+        yield handler
 
 
 def serves(upstream: Any, *paths: str) -> list[tuple[str, str, bytes]]:

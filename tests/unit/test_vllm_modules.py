@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +23,8 @@ from ansible_collections.gpufleet.llm.plugins.modules import (
     vllm_look,
     vllm_release,
 )
+
+from tests.upstream import Upstream, listening
 
 # What vLLM 0.32 logs when the engine refuses its configuration, shortened to one of each kind of line.
 JOURNAL = """Started vllm@chat.service - vLLM instance chat.
@@ -54,37 +54,24 @@ def test_a_journal_that_says_nothing_is_shown_by_its_end() -> None:
     assert completion_gate.telling_lines("one\n\ntwo\nthree\n", limit=2) == ["two", "three"]
 
 
-class Upstream(http.server.BaseHTTPRequestHandler):
+class Instances(Upstream):
     """Answers as the test wants."""
 
     answer: Callable[[dict[str, Any], str], tuple[int, str]]
     without_key = 401
 
-    def do_GET(self) -> None:
-        self.send_response(self.without_key)
-        self.end_headers()
+    def get(self) -> tuple[int, str]:
+        return self.without_key, ""
 
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        status, text = type(self).answer({**body, "path": self.path}, self.headers["Authorization"])
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_arguments: object) -> None:
-        """Quiet."""
+    def post(self, body: bytes) -> tuple[int, str]:
+        return type(self).answer({**json.loads(body), "path": self.path}, self.headers["Authorization"])
 
 
 @pytest.fixture
 def upstream() -> Iterator[Any]:
     """A server on loopback; `answer` is set by the test."""
-    handler = type("Handler", (Upstream,), {})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    handler.url = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
-    yield handler
-    server.shutdown()
-    server.server_close()
+    with listening(Instances) as handler:
+        yield handler
 
 
 def instance(url: str, **change: str) -> dict[str, Any]:
