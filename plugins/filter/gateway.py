@@ -8,11 +8,30 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 from ansible_collections.gpufleet.llm.plugins.module_utils import fleet, model_kinds
+from ansible_collections.gpufleet.llm.plugins.module_utils import gateway_fleet as data
 from ansible_collections.gpufleet.llm.plugins.module_utils.inputs import as_int
 
 CLIENT_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 # Nginx compares the keys of a map without regard to case: only lower case makes two keys that differ really different.
 CLIENT_KEY = re.compile(r"[a-z0-9._-]{32,}")
+
+
+def gateway_fleet(hostvars: fleet.HostVars, gateway: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What fleet.json of a gateway has."""
+    try:
+        return data.document(hostvars, gateway, asked)
+    except fleet.FleetError as error:
+        raise AnsibleFilterError(str(error)) from None
+
+
+def gateway_fleet_with_backends(
+    present: Mapping[str, Any], hostvars: fleet.HostVars, hosts: Sequence[str], gateways: Sequence[str]
+) -> dict[str, Any]:
+    """What fleet.json of a gateway has, with the backends as the inventory has them now."""
+    try:
+        return data.with_backends(present, hostvars, hosts, gateways)
+    except fleet.FleetError as error:
+        raise AnsibleFilterError(str(error)) from None
 
 
 def gateway_backends(
@@ -155,6 +174,8 @@ class FilterModule:
         return {
             function.__name__: function
             for function in (
+                gateway_fleet,
+                gateway_fleet_with_backends,
                 gateway_backends,
                 gateway_rate_groups,
                 gateway_concurrency_groups,
