@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
-from ansible_collections.gpufleet.llm.plugins.module_utils import fleet, model_kinds
+from ansible_collections.gpufleet.llm.plugins.module_utils import fleet, gateway_client, model_kinds
 from ansible_collections.gpufleet.llm.plugins.module_utils import gateway_fleet as data
 from ansible_collections.gpufleet.llm.plugins.module_utils import gateway_problems as problems
 
@@ -104,6 +104,36 @@ def gateway_warnings(
     return problems.warnings(routes, clients, problems.Fleet(hostvars, hosts, gateways), time.time())
 
 
+def gateway_asker(
+    hostvars: fleet.HostVars,
+    routes: Sequence[Mapping[str, Any]],
+    clients: Sequence[Mapping[str, Any]],
+    hosts: Sequence[str],
+    gateways: Sequence[str],
+    wanted: str = "",
+    paths: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """The client as which the playbooks ask a gateway, with a key, and what it may ask for."""
+    default_paths = model_kinds.open_paths() if paths is None else paths
+    try:
+        client = gateway_client.chosen(clients, wanted, time.time())
+        seen = gateway_client.view(hostvars, routes, client, hosts, gateways, default_paths)
+    except fleet.FleetError as error:
+        raise AnsibleFilterError(str(error)) from None
+    models = dict.fromkeys(fleet.Route.of(route).model for route in routes)
+    others = [model for model in models if model not in [entry["model"] for entry in seen]]
+    return {"name": client.name, "key": client.known_key(time.time()), "routes": seen, "others": others}
+
+
+def gateway_asker_problems(clients: Sequence[Mapping[str, Any]], wanted: str = "") -> list[str]:
+    """Why the playbooks could not ask a gateway as a client."""
+    try:
+        gateway_client.chosen(clients, wanted, time.time())
+    except fleet.FleetError as error:
+        return [str(error)]
+    return []
+
+
 def gateway_path_methods(paths: Sequence[str]) -> dict[str, str]:
     """The method of each path that is let through."""
     return {path: model_kinds.methods().get(path, "POST") for path in paths}  # the argument spec tells what is none
@@ -143,6 +173,8 @@ class FilterModule:
                 gateway_path_methods,
                 gateway_path_problems,
                 gateway_warnings,
+                gateway_asker,
+                gateway_asker_problems,
                 gateway_outside_problems,
             )
         }
