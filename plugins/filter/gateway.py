@@ -134,6 +134,16 @@ def gateway_asker_problems(clients: Sequence[Mapping[str, Any]], wanted: str = "
     return []
 
 
+def gateway_key_lines(clients: Sequence[Mapping[str, Any]], former: Mapping[str, Any]) -> list[str]:
+    """Which keys are taken until when, for a person."""
+    return gateway_client.key_lines(clients, former, time.time())
+
+
+def gateway_key_checks(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The keys that can be shown, and whether each has to be taken."""
+    return gateway_client.key_checks(clients, time.time())
+
+
 def gateway_path_methods(paths: Sequence[str]) -> dict[str, str]:
     """The method of each path that is let through."""
     return {path: model_kinds.methods().get(path, "POST") for path in paths}  # the argument spec tells what is none
@@ -175,6 +185,8 @@ class FilterModule:
                 gateway_warnings,
                 gateway_asker,
                 gateway_asker_problems,
+                gateway_key_lines,
+                gateway_key_checks,
                 gateway_outside_problems,
             )
         }

@@ -25,6 +25,8 @@ class Answer:
 
     status: int
     body: bytes
+    # How long the endpoint wants to be left alone, in seconds.
+    retry_after: float = 0
 
     def json(self) -> Any:
         """The body as data."""
@@ -97,7 +99,8 @@ class Endpoint:
             headers = self.headers(key) | ({} if body is None else {"Content-Type": kind})
             connection.request(method, path, body, headers)
             response = connection.getresponse()
-            return Answer(response.status, response.read())
+            pause = response.headers.get("Retry-After") or ""
+            return Answer(response.status, response.read(), float(pause) if pause.isdecimal() else 0)
         finally:
             connection.close()
 

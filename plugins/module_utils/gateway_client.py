@@ -1,6 +1,6 @@
 # Copyright: the vLLM Fleet authors
 # SPDX-License-Identifier: Apache-2.0
-"""The client as which the playbooks ask a gateway, and what it may ask for."""
+"""The client as which the playbooks ask a gateway, and what it may ask for; and the keys of all clients, as they are told and proved."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ansible_collections.gpufleet.llm.plugins.module_utils import fleet, gateway_fleet
+from ansible_collections.gpufleet.llm.plugins.module_utils.gateway_problems import SOON, day
 
 
 def chosen(clients: Sequence[Mapping[str, Any]], wanted: str, now: float) -> fleet.Client:
@@ -48,3 +49,45 @@ def view(
             ):
                 seen[key] += [name for name in more if name not in seen[key]]
     return list(found.values())
+
+
+def key_label(client: str, digest: str) -> str:
+    """How a key is told: whose it is and how its SHA-256 begins."""
+    return f"{client} {digest[:8]}"
+
+
+def key_lines(clients: Sequence[Mapping[str, Any]], former: Mapping[str, Any], now: float) -> list[str]:
+    """Which keys of which clients are taken until when, and what there is to do about them. `former` are the keys that fleet.json had before."""
+    lines, notes = [], []
+    wanted = {key.sha256: (client, key) for client in map(fleet.Client.of, clients) for key in client.keys}
+    for digest, (client, key) in wanted.items():
+        label, new = key_label(client.name, digest), "" if digest in former else ", and is new"
+        if key.expired(now):
+            lines.append(f"{label}  is refused since {day(key.expires)}; take it out of gateway_clients")
+        else:
+            lines.append(f"{label}  is taken {f'until {day(key.expires)}' if key.expires else 'without an end'}{new}")
+    for digest, entry in former.items():
+        if digest not in wanted:
+            lines.append(f"{key_label(entry['client'], digest)}  is taken no more: it is not in gateway_clients")
+    for client in map(fleet.Client.of, clients):
+        ends = [key.expires for key in client.keys if not key.expired(now)]
+        soon = sorted(end for end in ends if end is not None and end < now + SOON)
+        if ends.count(None) > 1:
+            notes.append(
+                f"{client.name} has {ends.count(None)} keys without an end: give `expires` to those that are to go"
+            )
+        if soon and len(soon) == len(ends):
+            notes.append(f"{client.name} has no key after {day(soon[-1])}: give it another one")
+        elif soon:
+            notes.append(f"{client.name} has to use its new key before {day(soon[0])}")
+    return lines + notes
+
+
+def key_checks(clients: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
+    """What a gateway has to say to each key that is known here."""
+    return [
+        {"name": key_label(client.name, key.sha256), "key": key.text, "accepted": not key.expired(now)}
+        for client in map(fleet.Client.of, clients)
+        for key in client.keys
+        if key.text
+    ]

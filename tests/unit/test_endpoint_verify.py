@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.gpufleet.llm.plugins.module_utils import endpoint_checks, model_kinds
-from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import Endpoint
+from ansible_collections.gpufleet.llm.plugins.module_utils import endpoint_checks, endpoint_keys, model_kinds
+from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import Endpoint, row
 from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint_checks import Route
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -62,6 +62,7 @@ class Gateway(ThreadingHTTPServer):
     """A gateway as it should be, unless `fault` says what is wrong with it."""
 
     fault = ""
+    busy = 0
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -98,7 +99,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """List the models."""
-        if self.allowed():
+        if self.server.busy:
+            self.server.busy -= 1
+            self.send_response(429)
+            self.send_header("Retry-After", "7")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif self.allowed():
             fault = self.server.fault
             listed = {"another model": ["another"], "too many": [MODEL, "secret"]}.get(fault, [MODEL, ALIAS])
             more = {"root": "/srv/models/tiny"} if fault == "root" else {"root": None}
@@ -347,3 +354,33 @@ def test_nobody_there(good_certificate: Path) -> None:
 def test_a_url_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="https://NAME"):
         Endpoint(url, KEY)
+
+
+def test_keys_that_are_taken_and_keys_that_are_refused(served: Gateway, good_certificate: Path) -> None:
+    endpoint = Endpoint(f"https://{NAME}:{served.server_address[1]}", "", "127.0.0.1", str(good_certificate), timeout=1)
+    keys = [
+        endpoint_keys.Shown("old", False, "sk-old"), endpoint_keys.Shown("new", True, KEY), endpoint_keys.Shown("lost", True, "sk-lost"),
+        endpoint_keys.Shown("leaked", False, KEY),
+    ]  # fmt: skip
+    found = endpoint_keys.check_keys(endpoint, keys)
+    assert [(row["check"], row["result"], row["detail"].partition(":")[0]) for row in found] == [
+        ("key new", "ok", "200, taken"),
+        ("key lost", "FAILED", "401 instead of 200"),
+        ("key old", "ok", "401, refused"),
+        ("key leaked", "FAILED", "200 instead of 401"),
+    ]
+    assert not any(shown.key in repr(keys) for shown in keys)
+
+
+@pytest.mark.parametrize(("busy", "result"), [(3, "ok"), (4, "FAILED")])
+def test_a_key_that_is_over_its_rate_is_asked_about_again(
+    served: Gateway, good_certificate: Path, busy: int, result: str
+) -> None:
+    endpoint = Endpoint(f"https://{NAME}:{served.server_address[1]}", "", "127.0.0.1", str(good_certificate), timeout=1)
+    served.busy = busy
+    waited: list[float] = []
+    checked = row(
+        "key", lambda: endpoint_keys.check_key(endpoint, endpoint_keys.Shown("a", True, KEY), waited.append)
+    )
+    assert checked["result"] == result
+    assert waited == [7.0] * 3

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from ansible.errors import AnsibleFilterError
 from ansible_collections.gpufleet.llm.plugins.filter import gateway
+from ansible_collections.gpufleet.llm.plugins.module_utils import fleet, gateway_client
 
 KEY, OTHER = "k" * 32, "o" * 32
 HOSTVARS: dict[str, dict[str, Any]] = {
@@ -77,3 +78,37 @@ def test_nobody_can_ask(clients: list[dict[str, Any]], wanted: str, said: str) -
 
 def test_somebody_can() -> None:
     assert gateway.gateway_asker_problems([HASHED, A]) == []
+
+
+def test_keys_are_told_by_whose_they_are_and_how_they_begin() -> None:
+    now = float(fleet.moment("2027-01-01"))
+    clients = [
+        client("a", {"key": KEY, "expires": "2027-01-05"}, {"key": OTHER}),
+        client("b", {"key": "1" * 32, "expires": "2026-12-01"}, {"key": "2" * 32}, {"key": "3" * 32}),
+        client("c", {"sha256": "0" * 64, "expires": "2027-01-10"}),
+        client("d", {"sha256": "1" * 64, "expires": "2027-06-01"}),
+    ]
+    gone = {"client": "gone", "expires": None}
+    former = {fleet.sha256(text): {"client": "x", "expires": None} for text in (KEY, "1" * 32, "2" * 32, "3" * 32)}
+    lines = gateway_client.key_lines(clients, {**former, "0" * 64: gone, "1" * 64: gone, "f" * 64: gone}, now)
+    begins = [fleet.sha256(text)[:8] for text in (KEY, OTHER, "1" * 32, "2" * 32, "3" * 32)]
+    assert lines == [
+        f"a {begins[0]}  is taken until 2027-01-05",
+        f"a {begins[1]}  is taken without an end, and is new",
+        f"b {begins[2]}  is refused since 2026-12-01; take it out of gateway_clients",
+        f"b {begins[3]}  is taken without an end",
+        f"b {begins[4]}  is taken without an end",
+        "c 00000000  is taken until 2027-01-10",
+        "d 11111111  is taken until 2027-06-01",
+        "gone ffffffff  is taken no more: it is not in gateway_clients",
+        "a has to use its new key before 2027-01-05",
+        "b has 2 keys without an end: give `expires` to those that are to go",
+        "c has no key after 2027-01-10: give it another one",
+    ]
+    assert gateway_client.key_checks(clients, now) == [
+        {"name": f"a {begins[0]}", "key": KEY, "accepted": True},
+        {"name": f"a {begins[1]}", "key": OTHER, "accepted": True},
+        {"name": f"b {begins[2]}", "key": "1" * 32, "accepted": False},
+        {"name": f"b {begins[3]}", "key": "2" * 32, "accepted": True},
+        {"name": f"b {begins[4]}", "key": "3" * 32, "accepted": True},
+    ]
