@@ -379,8 +379,6 @@ def test_a_key_that_is_over_its_rate_is_asked_about_again(
     endpoint = Endpoint(f"https://{NAME}:{served.server_address[1]}", "", "127.0.0.1", str(good_certificate), timeout=1)
     served.busy = busy
     waited: list[float] = []
-    checked = row(
-        "key", lambda: endpoint_keys.check_key(endpoint, endpoint_keys.Shown("a", True, KEY), waited.append)
-    )
+    checked = row("key", lambda: endpoint_keys.check_key(endpoint, endpoint_keys.Shown("a", True, KEY), waited.append))
     assert checked["result"] == result
     assert waited == [7.0] * 3
