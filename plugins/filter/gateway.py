@@ -30,35 +30,6 @@ def gateway_fleet_with_backends(
         raise AnsibleFilterError(str(error)) from None
 
 
-def gateway_backends(
-    hostvars: fleet.HostVars, instance: str, hosts: Sequence[str], gateways: Sequence[str]
-) -> list[dict[str, str]]:
-    """The backends of an instance, by id and endpoint."""
-    try:
-        found = fleet.backends(hostvars, instance, hosts, gateways)
-    except fleet.FleetError as error:
-        raise AnsibleFilterError(str(error)) from None
-    return [{"id": backend.id, "endpoint": backend.endpoint} for backend in found]
-
-
-def gateway_rate_groups(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The distinct pairs of rate and burst, each with the names of its clients: Nginx wants one zone for each."""
-    groups: dict[tuple[int, int], list[str]] = {}
-    for client in map(fleet.Client.of, clients):
-        groups.setdefault((client.requests_per_minute, client.burst), []).append(client.name)
-    return [
-        {"requests_per_minute": rate, "burst": most, "names": names} for (rate, most), names in sorted(groups.items())
-    ]
-
-
-def gateway_concurrency_groups(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The distinct concurrency limits, each with the names of its clients."""
-    groups: dict[int, list[str]] = {}
-    for client in map(fleet.Client.of, clients):
-        groups.setdefault(client.concurrent_requests, []).append(client.name)
-    return [{"concurrent_requests": most, "names": names} for most, names in sorted(groups.items())]
-
-
 def gateway_client_problems(
     clients: Sequence[Mapping[str, Any]], routes: Sequence[Mapping[str, Any]], internal_key: str
 ) -> list[str]:
@@ -144,11 +115,6 @@ def gateway_key_checks(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, A
     return gateway_client.key_checks(clients, time.time())
 
 
-def gateway_path_methods(paths: Sequence[str]) -> dict[str, str]:
-    """The method of each path that is let through."""
-    return {path: model_kinds.methods().get(path, "POST") for path in paths}  # the argument spec tells what is none
-
-
 def gateway_outside_problems(
     hostvars: fleet.HostVars, outside: Sequence[str], hosts: Sequence[str], gateways: Sequence[str], group: str
 ) -> list[str]:
@@ -175,12 +141,8 @@ class FilterModule:
             for function in (
                 gateway_fleet,
                 gateway_fleet_with_backends,
-                gateway_backends,
-                gateway_rate_groups,
-                gateway_concurrency_groups,
                 gateway_client_problems,
                 gateway_route_problems,
-                gateway_path_methods,
                 gateway_path_problems,
                 gateway_warnings,
                 gateway_asker,
