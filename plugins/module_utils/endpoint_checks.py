@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 import time
 from collections.abc import Sequence
@@ -105,7 +106,8 @@ def check_unknown(endpoint: Endpoint, path: model_kinds.Path, routes: Sequence[R
         raise CheckError(f"{path.path}: {answer.status} instead of 404: {answer.text()}")
     if code(answer) != NO_SUCH_MODEL:
         raise CheckError(f"{path.path}: not the error {NO_SUCH_MODEL}: {answer.text()}")
-    if told := [route.model for route in routes if route.model in answer.body.decode(errors="replace")]:
+    said = answer.body.decode(errors="replace").replace(NO_MODEL, "")
+    if told := [route.model for route in routes if re.search(rf"(?<![\w./-]){re.escape(route.model)}(?![\w/-])", said)]:
         raise CheckError(f"the error tells {', '.join(told)}")
     return f"404 {NO_SUCH_MODEL}"
 
