@@ -188,8 +188,11 @@ class Gateway:
         text = json.dumps(fleet)
         self.write("etc/vllm-gateway/fleet.json", text)
         if reload:
+            former = self.workers()
             self.process.send_signal(signal.SIGHUP)
             self.until(lambda: self.ask("/healthz", key=None).json["configuration"] == sha256(text)[:12])
+            # for a moment both listen
+            self.until(lambda: not any(listens(pid) for pid in former))
 
     def decide(self, **backends: Any) -> None:
         """Put another state in place and wait until it is the one in use. Ids with `_at_` for the @ and `_` for a dash: chat_at_gpu_1=False."""
@@ -267,6 +270,13 @@ def running(
     finally:
         process.terminate()
         process.wait(20)
+
+
+def listens(pid: int) -> bool:
+    """Whether a worker takes new connections."""
+    with contextlib.suppress(OSError):
+        return "shutting down" not in Path(f"/proc/{pid}/cmdline").read_text()
+    return False
 
 
 def answers(gateway: Gateway) -> bool:

@@ -35,6 +35,14 @@ function answer.text(status, code, message, param)
     })
 end
 
+-- The whole answer of the gateway. What is left of the request's body must not be taken for the next request.
+function answer.say(text)
+    pcall(ngx.req.discard_body)
+    ngx.header["Content-Type"] = "application/json"
+    ngx.header["Content-Length"] = #text
+    ngx.print(text)
+end
+
 -- Ends the request with an error. `more` may have code, message, param and headers; Nginx comes back for the text by answer.error.
 function answer.refuse(request, status, more)
     request.refusal = more or {}
@@ -49,15 +57,12 @@ function answer.error(request, retry_after)
     if not refusal or refusal.status ~= status then
         refusal = {}
     end
-    -- what is left of the body must not be taken for the next request
-    pcall(ngx.req.discard_body)
-    ngx.header["Content-Type"] = "application/json"
     ngx.header["Retry-After"] = refusal.retry_after or retry_after
     ngx.header["Allow"] = refusal.allow
     if status == 401 then
         ngx.header["WWW-Authenticate"] = "Bearer"
     end
-    ngx.print(answer.text(status, refusal.code, refusal.message, refusal.param))
+    answer.say(answer.text(status, refusal.code, refusal.message, refusal.param))
 end
 
 -- vLLM answers in two shapes: OpenAI's, which is passed on, and that of its framework, {"detail": ...}.
@@ -84,16 +89,13 @@ function answer.models(names, since)
     for position, name in ipairs(names) do
         list[position] = model(name, since)
     end
-    ngx.header["Content-Type"] = "application/json"
-    pcall(ngx.req.discard_body)
-    ngx.print(cjson.encode({ object = "list", data = #list > 0 and list or cjson.empty_array }))
+    -- cjson writes an empty list as {}
+    answer.say(#list > 0 and cjson.encode({ object = "list", data = list }) or '{"object":"list","data":[]}')
 end
 
 -- GET /v1/models/{id}
 function answer.model(name, since)
-    ngx.header["Content-Type"] = "application/json"
-    pcall(ngx.req.discard_body)
-    ngx.print(cjson.encode(model(name, since)))
+    answer.say(cjson.encode(model(name, since)))
 end
 
 return answer

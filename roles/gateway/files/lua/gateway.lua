@@ -94,19 +94,23 @@ end
 -- The limits of a client.
 local function count(request)
     local client = request.client
-    local within, left, reset = limit.rate(limits, client.name, client.requests_per_minute, client.burst, ngx.now())
+    local within, left, seconds = limit.rate(limits, client.name, client.requests_per_minute, client.burst + 1, ngx.now())
     if not within then
         return answer.refuse(request, 429, { retry_after = math.ceil(left) })
     end
-    request.rate = { left = left, reset = reset }
+    request.rate = { limit = client.requests_per_minute, left = left, reset = limit.duration(seconds) }
 end
 
 local function enter(request)
     local client = request.client
-    if not limit.enter(limits, client.name, ngx.worker.pid(), client.concurrent_requests) then
-        return answer.refuse(request, 429, { retry_after = 1, message = "Too many requests at once. Wait until one of them has ended." })
+    local free, seconds = limit.enter(limits, client.name, ngx.worker.pid(), client.concurrent_requests)
+    if not free then
+        return answer.refuse(request, 429, {
+            retry_after = math.max(1, math.ceil(seconds)),
+            message = "Too many requests at once. Wait until one of them has ended.",
+        })
     end
-    request.entered = true
+    request.entered = ngx.now()
 end
 
 local function list_models(request)
@@ -278,7 +282,8 @@ end
 
 -- Rewrite phase of the second attempt, after an error before the answer began.
 function gateway.again()
-    local request, status = current(), ngx.status
+    local request = current()
+    local status = tonumber((ngx.var.upstream_status or ""):match("%d+$")) or 502
     local former = request.backend
     leave(request)
     state.failed(former.id)
@@ -288,10 +293,11 @@ function gateway.again()
     request.again = true
 end
 
--- Content of errors that Nginx or the program made.
-function gateway.error()
+-- Content of errors that Nginx or the program made. Of a request that could not be read, nginx.conf knows the status.
+function gateway.error(known_status)
     local request = current()
-    local status = ngx.status
+    local status = known_status or ngx.status
+    ngx.status = status
     if request then
         request.told = true
         if request.running and status >= 500 then
@@ -307,9 +313,15 @@ function gateway.error()
     return answer.error(request, retry_after)
 end
 
--- header_filter_by_lua: errors of vLLM are put into shape by what follows.
+-- header_filter_by_lua: what is left to the client, and errors of vLLM that are put into shape by what follows.
 function gateway.headers()
     local request = current()
+    local rate = request and request.rate
+    if rate then
+        ngx.header["x-ratelimit-limit-requests"] = rate.limit
+        ngx.header["x-ratelimit-remaining-requests"] = rate.left
+        ngx.header["x-ratelimit-reset-requests"] = rate.reset
+    end
     if request and request.running and not request.told and ngx.status >= 400 then
         request.error_parts = {}
         ngx.header["Content-Length"] = nil
@@ -343,7 +355,7 @@ function gateway.log()
     running[id] = nil
     leave(request)
     if request.entered then
-        limit.leave(limits, request.client.name, ngx.worker.pid())
+        limit.leave(limits, request.client.name, ngx.worker.pid(), ngx.now() - request.entered)
     end
     variables.gateway_client = request.client and request.client.name or ""
     if request.route then
@@ -353,9 +365,7 @@ function gateway.log()
 end
 
 local function tell(value)
-    ngx.header["Content-Type"] = "application/json"
-    pcall(ngx.req.discard_body)
-    ngx.print(cjson.encode(value))
+    return answer.say(cjson.encode(value))
 end
 
 -- Which program and which data answer.

@@ -25,9 +25,14 @@ local function adopt(text)
         return
     end
     for id in pairs(fleet.backends) do
-        local backend = told.backends[id]
-        shared:set("use:" .. id, backend ~= nil and backend.use == true)
-        shared:set("leaving:" .. id, backend ~= nil and backend.leaving == true)
+        local backend = told.backends[id] or {}
+        local use = backend.use == true
+        if use and not shared:get("use:" .. id) then
+            -- who comes back begins anew
+            shared:delete("failed:" .. id)
+        end
+        shared:set("use:" .. id, use)
+        shared:set("leaving:" .. id, backend.leaving == true)
     end
     shared:set("serial", tonumber(told.serial) or 0)
     shared:set("time", tonumber(told.time) or 0)
