@@ -125,12 +125,21 @@ local function list_models(request)
     return answer.model(route.model, fleet.loaded)
 end
 
+-- A name as it can be said again: not too long, and UTF-8, which is all that JSON can hold.
+local function said_again(name)
+    if #name > 200 then
+        -- the last character may have lost its end
+        name = name:sub(1, 200):gsub("[\192-\255]?[\128-\191]*$", "")
+    end
+    return ngx.re.find(name, "", "u") and name or "?"
+end
+
 -- Whether a model is not there or not for this client is the same to it.
 function gateway.refuse_model(request, name)
     return answer.refuse(request, 404, {
         code = "model_not_found",
         param = "model",
-        message = "The model `" .. name:sub(1, 200) .. "` does not exist or you do not have access to it.",
+        message = "The model `" .. said_again(name) .. "` does not exist or you do not have access to it.",
     })
 end
 
