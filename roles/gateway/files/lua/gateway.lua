@@ -16,6 +16,8 @@ local MODELS = "/v1/models"
 local SLICE = 1024 * 1024
 -- Seconds after which a client may try again when no backend was there, or all were full.
 local RETRY_AFTER = 2
+-- The status of what is no HTTP. Nginx takes it for an answer of HTTP 0.9 and would send it on without a header; there is no way back from there.
+local NO_HTTP = 9
 
 local limits = ngx.shared.gateway_limits
 local settings
@@ -330,6 +332,10 @@ function gateway.headers()
         ngx.header["x-ratelimit-limit-requests"] = rate.limit
         ngx.header["x-ratelimit-remaining-requests"] = rate.left
         ngx.header["x-ratelimit-reset-requests"] = rate.reset
+    end
+    if request and request.running and ngx.status == NO_HTTP then
+        state.failed(request.backend.id)
+        return ngx.exit(ngx.ERROR)
     end
     if request and request.running and not request.told and ngx.status >= 400 then
         request.error_parts = {}
