@@ -13,6 +13,8 @@ local gateway = {}
 local MODELS = "/v1/models"
 -- Seconds after which a client may try again when no backend was there, or all were full.
 local RETRY_AFTER = 2
+-- The status of what is no HTTP. Nginx takes it for an answer of HTTP 0.9 and would send it on without a header; there is no way back from there.
+local NO_HTTP = 9
 
 local limits = ngx.shared.gateway_limits
 local settings
@@ -105,12 +107,21 @@ local function enter(request)
     request.entered = ngx.now()
 end
 
+-- A name as it can be said again: not too long, and UTF-8, which is all that JSON can hold.
+local function said_again(name)
+    if #name > 200 then
+        -- the last character may have lost its end
+        name = name:sub(1, 200):gsub("[\192-\255]?[\128-\191]*$", "")
+    end
+    return ngx.re.find(name, "", "u") and name or "?"
+end
+
 -- Whether a model is not there or not for this client is the same to it.
 local function refuse_model(request, name)
     return answer.refuse(request, 404, {
         code = "model_not_found",
         param = "model",
-        message = "The model `" .. name:sub(1, 200) .. "` does not exist or you do not have access to it.",
+        message = "The model `" .. said_again(name) .. "` does not exist or you do not have access to it.",
     })
 end
 
@@ -251,6 +262,10 @@ function gateway.headers()
         ngx.header["x-ratelimit-limit-requests"] = rate.limit
         ngx.header["x-ratelimit-remaining-requests"] = rate.left
         ngx.header["x-ratelimit-reset-requests"] = rate.reset
+    end
+    if request and request.running and ngx.status == NO_HTTP then
+        state.failed(request.backend.id)
+        return ngx.exit(ngx.ERROR)
     end
     if request and request.running and not request.told and ngx.status >= 400 then
         request.error_parts = {}
