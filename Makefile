@@ -30,7 +30,7 @@ demo-down: ## Remove what make demo made, and nothing else
 test: setup ## Everything: lint, unit, molecule and end to end
 	@$(RUN) test
 
-lint: setup ## yamllint, ansible-lint, ruff, mypy, documentation of plugins and roles, syntax checks, changelog
+lint: setup ## yamllint, ansible-lint, ruff, mypy, luacheck, documentation of plugins and roles, syntax checks, changelog
 	@$(RUN) lint
 
 unit: setup ## Unit tests

@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${SETUP_VENV:-.venv}
 stamp=$venv/.stamp
 locks=(tools/uv.txt requirements.lock)
-state() { echo "SETUP_PYTHON=${SETUP_PYTHON:-}"; cat "${locks[@]}"; }
+state() { echo "SETUP_PYTHON=${SETUP_PYTHON:-}"; cat "${locks[@]}" tools/setup.sh; }
 # A moved or copied clone has a .venv whose programs name the old place: that one is made again.
 home() { grep -qsF "$PWD/$venv" "$venv/bin/activate"; }
 done_before() { [[ -f $stamp ]] && home && state | cmp -s - "$stamp"; }
@@ -45,6 +45,9 @@ missing=()
 command -v ssh >/dev/null || missing+=(openssh-client)
 command -v git >/dev/null || missing+=(git)
 [[ -e /etc/ssl/certs/ca-certificates.crt ]] || missing+=(ca-certificates)
+# What the gateway's Lua is tested on and checked by.
+PATH=$PATH:/sbin ldconfig -p | grep -F libluajit-5.1.so.2 >/dev/null || missing+=(libluajit2-5.1-2)
+command -v luacheck >/dev/null || missing+=(lua-check)
 ((${#missing[@]} == 0)) || need "${missing[@]}"
 
 # uv comes from its wheel, in a small environment of its own.

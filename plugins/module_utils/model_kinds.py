@@ -193,7 +193,9 @@ KINDS: tuple[Kind, ...] = (
         (Path("/pooling", PROMPT, open=False, question={"input": GREETING}, read=pooled),),
     ),
 )
-# Every instance has it.
+# What an instance has whatever its kind. Their answers count nothing that is paid for.
+EVERY_KIND = (Path("/tokenize", (), open=False), Path("/detokenize", (), open=False))
+# Every instance has it, too; a gateway answers it itself.
 MODELS = "/v1/models"
 
 # How vLLM answers for a path that it does not have; when it does not know the model, 404 comes with an `error`.
@@ -230,7 +232,7 @@ def paths() -> Iterator[Path]:
 
 def methods() -> dict[str, str]:
     """Every path that a gateway may let through, with its method."""
-    return {**{path.path: "POST" for path in paths()}, MODELS: "GET"}
+    return {**{path.path: "POST" for path in (*paths(), *EVERY_KIND)}, MODELS: "GET"}
 
 
 def open_paths() -> list[str]:
@@ -272,6 +274,11 @@ def wanted_kinds(options: Mapping[str, Any]) -> list[Kind]:
         names = {"embed": ("embed", "rerank", "pool"), "classify": ("rerank", "classify", "pool")}
         return [kind for kind in KINDS if kind.name in names.get(str(convert), ("embed", "rerank", "classify", "pool"))]
     return list(KINDS)
+
+
+def possible_paths(options: Mapping[str, Any]) -> list[Path]:
+    """The paths that an instance can have by its options."""
+    return [path for kind in wanted_kinds(options) for path in kind.paths] + list(EVERY_KIND)
 
 
 def work(metrics: str) -> Work:
