@@ -58,7 +58,7 @@ def unpack(directory: Path) -> Path:
     return directory / "site"
 
 
-def start(site: Path, home: Path, **options: object) -> tuple[subprocess.Popen[bytes], int, Path]:
+def start(site: Path, home: Path, key: str = KEY, **options: object) -> tuple[subprocess.Popen[bytes], int, Path]:
     """Start one with a configuration as the role writes it."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -72,7 +72,7 @@ def start(site: Path, home: Path, **options: object) -> tuple[subprocess.Popen[b
     configuration = home / "config.yaml"
     configuration.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in told.items()))
     output = home / "log"
-    (home / "accepted").write_text(f"{hashlib.sha256(KEY.encode()).hexdigest()}\n")
+    (home / "accepted").write_text(f"{hashlib.sha256(key.encode()).hexdigest()}\n")
     environment = {"PYTHONPATH": f"{site}:{MIDDLEWARE}", "HOME": str(home), "FLEET_INTERNAL_KEYS": str(home / "accepted")}  # fmt: skip
     program = "import sys; from vllm.entrypoints.cli.main import main; sys.exit(main())"
     with output.open("wb") as log:
@@ -84,9 +84,9 @@ def start(site: Path, home: Path, **options: object) -> tuple[subprocess.Popen[b
     return process, port, output
 
 
-def up(site: Path, home: Path, **options: object) -> Running:
+def up(site: Path, home: Path, key: str = KEY, **options: object) -> Running:
     """Start one and wait until it listens."""
-    process, port, output = start(site, home, **options)
+    process, port, output = start(site, home, key, **options)
     end = time.monotonic() + 20
     while "startup complete" not in output.read_text():
         assert process.poll() is None and time.monotonic() < end, output.read_text()

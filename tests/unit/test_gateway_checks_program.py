@@ -6,34 +6,26 @@ Times are a tenth of the real ones, by the program's own options.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.server
 import json
 import os
 import signal
 import socket
-import ssl
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
 from tests.certificates import Authority
-from tests.stand_in.local import Running, unpack, up
+from tests.gateway.checks import INTERVAL, RETRY, TIMEOUT, Agent, Checks, serve
+from tests.stand_in.local import KEY, Running, unpack, up
 from tests.upstream import Upstream, listening
 
 ROOT = Path(__file__).resolve().parents[2]
-# That of the stand-in.
-KEY = "k" * 32
 MODEL = "small"
-INTERVAL, RETRY, TIMEOUT = 0.5, 0.1, 2.0
 METRICS = "vllm:num_requests_running 0.0\nvllm:kv_cache_usage_perc {}\n"
 
 
@@ -75,49 +67,6 @@ class Backend(Upstream):
                 super().reply(status, text)
 
 
-class AgentHandler(http.server.BaseHTTPRequestHandler):
-    """The agent of a host."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        """POST /state, on a connection that is kept."""
-        agent: Agent = self.server.agent  # type: ignore[attr-defined]
-        told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/state"
-        subject = dict(pair[0] for pair in self.connection.getpeercert()["subject"])  # type: ignore[attr-defined]
-        assert subject["commonName"] == told["gateway"] == "gw-1"
-        agent.told.append(told)
-        agent.connections.add(self.client_address[1])
-        text = json.dumps({"host": "a", "instances": agent.instances}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_arguments: object) -> None:
-        """Quiet."""
-
-
-@dataclass
-class Agent:
-    """What an agent says, and was told."""
-
-    instances: dict[str, Any] = field(default_factory=dict)
-    told: list[dict[str, Any]] = field(default_factory=list)
-    connections: set[int] = field(default_factory=set)
-    port: int = 0
-    stop: Callable[[], None] = lambda: None
-
-    def says(self, instance: str, operator: str = "up", leaving: bool = False, **more: Any) -> None:
-        self.instances = {
-            **self.instances,
-            instance: {
-                "operator": operator, "by": "alice", "since": "", "reason": "", "leaving": leaving, "unit": "active", **more,
-            },
-        }  # fmt: skip
-
-
 class AdminHandler(http.server.BaseHTTPRequestHandler):
     """Nginx, as far as it says what it has."""
 
@@ -144,120 +93,14 @@ class Admin(http.server.ThreadingHTTPServer):
         self.socket.bind(self.server_address)
 
 
-@dataclass
-class Gateway:
-    """A gateway's files, and its checks."""
-
-    directory: Path
-    authority: Authority
-    process: subprocess.Popen[str] | None = None
-    backends: dict[str, dict[str, Any]] = field(default_factory=dict)
-    options: dict[str, float] = field(default_factory=dict)
-
-    def path(self, name: str) -> Path:
-        return self.directory / name
-
-    def has(self, name: str, url: str, agent: Agent | None = None) -> None:
-        """A backend, in fleet.json from the next configure() on."""
-        address = urlsplit(url)
-        instance, _, host = name.partition("@")
-        self.backends[name] = {
-            "instance": instance, "host": host, "address": address.hostname, "port": address.port,
-            "agent": f"127.0.0.1:{agent.port}" if agent else None,
-        }  # fmt: skip
-
-    def configure(self, least: int = 0, key: str = KEY) -> None:
-        """Write fleet.json, with one route to all backends."""
-        route = {"model": MODEL, "backends": list(self.backends), "min_available": least}
-        told = {
-            "internal_key_sha256": hashlib.sha256(key.encode()).hexdigest(), "gateway": "gw-1",
-            "backends": self.backends, "routes": [route],
-        }  # fmt: skip
-        partial = self.path("fleet.new")
-        partial.write_text(json.dumps(told))
-        partial.rename(self.path("fleet.json"))
-
-    def prepare(self, certificate: bool = True) -> None:
-        """Directories, and credentials as systemd gives them."""
-        for name in ("credentials", "run", "memory"):
-            self.path(name).mkdir(exist_ok=True)
-        (self.path("credentials") / "internal_key").write_text(f"{KEY}\n")
-        cert, key = self.authority.sign("gw-1") if certificate else ("none", "none")
-        for name, text in (("ca", self.authority.pem), ("cert", cert), ("key", key)):
-            (self.path("credentials") / f"fleet_{name}").write_text(text)
-        self.path("cert.pem").write_text(cert)
-
-    def start(self) -> None:
-        """Start the checks, and wait until they are ready, as systemd does."""
-        files = {"fleet": "fleet.json", "state": "run/state.json", "memory": "memory", "admin": "run/admin.sock"}
-        files |= {"credentials": "credentials", "certificate": "cert.pem"}
-        times = {
-            "interval": INTERVAL,
-            "retry": RETRY,
-            "timeout": TIMEOUT,
-            "agent-interval": 0.1,
-            "alive": 0.5,
-            **self.options,
-        }
-        options = [f"--{name}={value}" for name, value in times.items()]
-        options += [f"--{name}={self.path(file)}" for name, file in files.items()]
-        ready = self.path("notify")
-        ready.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, self.path("log").open("a") as log:
-            channel.bind(str(ready))
-            channel.settimeout(15)
-            self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "roles/gateway/files/checks.py"), *options],
-                env={"PYTHONPATH": str(ROOT / ".collections"), "NOTIFY_SOCKET": str(ready)},
-                stdout=log, stderr=subprocess.STDOUT, text=True,
-            )  # fmt: skip
-            assert channel.recv(100) == b"READY=1", self.log
-
-    def end(self, number: int = signal.SIGTERM) -> None:
-        if self.process:
-            self.process.send_signal(number)
-            self.process.wait(5)
-
-    @property
-    def log(self) -> str:
-        return self.path("log").read_text()
-
-    @property
-    def state(self) -> dict[str, Any]:
-        return dict(json.loads(self.path("run/state.json").read_text()))
-
-    def use(self, name: str) -> dict[str, Any]:
-        """What the state says of a backend."""
-        return dict(self.state["backends"][name])
-
-    def until(self, what: Callable[[], Any], seconds: float = 10) -> float:
-        """Wait until it is so. Returns how long that took."""
-        begun = time.monotonic()
-        while not what():
-            assert self.process and self.process.poll() is None, self.log
-            assert time.monotonic() - begun < seconds, f"{self.state}\n{self.log}"
-            time.sleep(0.01)
-        return time.monotonic() - begun
-
-    def used(self, name: str) -> bool:
-        return bool(self.use(name)["use"])
-
-    def stays(self, what: Callable[[], bool], seconds: float) -> None:
-        """It is so all the time."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            assert what(), f"{self.state}\n{self.log}"
-            time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def authority() -> Authority:
     return Authority()
 
 
 @pytest.fixture
-def gateway(tmp_path: Path, authority: Authority) -> Iterator[Gateway]:
-    made = Gateway(tmp_path, authority)
+def gateway(tmp_path: Path, authority: Authority) -> Iterator[Checks]:
+    made = Checks(tmp_path, authority)
     made.prepare()
     yield made
     if made.process and made.process.poll() is None:
@@ -280,28 +123,6 @@ def other() -> Iterator[Any]:
         found.status = 200
 
 
-def serve(agent: Agent, authority: Authority, directory: Path, port: int = 0) -> None:
-    """Have an agent listen."""
-    cert, key = authority.sign("a")
-    for name, text in (("agent.pem", cert + key), ("agent-ca.pem", authority.pem)):
-        (directory / name).write_text(text)
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(directory / "agent-ca.pem"))
-    context.load_cert_chain(directory / "agent.pem")
-    context.verify_mode = ssl.CERT_REQUIRED
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), AgentHandler)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    server.agent = agent  # type: ignore[attr-defined]
-    server.daemon_threads = True
-    agent.port = server.server_port
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-
-    agent.stop = stop
-
-
 @pytest.fixture
 def agent(authority: Authority, tmp_path: Path) -> Iterator[Agent]:
     made = Agent()
@@ -312,7 +133,7 @@ def agent(authority: Authority, tmp_path: Path) -> Iterator[Agent]:
 
 
 @pytest.fixture
-def admin(gateway: Gateway) -> Iterator[Any]:
+def admin(gateway: Checks) -> Iterator[Any]:
     """Nginx, which takes up each state when a test says so."""
     server = Admin(str(gateway.path("run/admin.sock")), AdminHandler)  # type: ignore[arg-type]
     server.says = {"serial": 0, "in_flight": {}}  # type: ignore[attr-defined]
@@ -325,7 +146,7 @@ def admin(gateway: Gateway) -> Iterator[Any]:
 # --- answers --------------------------------------------------------------------------------------------------------
 
 
-def test_a_backend_enters_with_its_first_good_answer(gateway: Gateway, backend: Any) -> None:
+def test_a_backend_enters_with_its_first_good_answer(gateway: Checks, backend: Any) -> None:
     gateway.has("chat@a", backend.url)
     gateway.configure()
     gateway.start()
@@ -349,7 +170,7 @@ def test_a_backend_enters_with_its_first_good_answer(gateway: Gateway, backend: 
     ("status", "why"), [(500, "HTTP 500: no"), (404, "HTTP 404"), (-1, "the connection was closed")]
 )
 def test_wrong_answers_take_a_backend_out_and_two_good_ones_bring_it_back(
-    gateway: Gateway, backend: Any, status: int, why: str
+    gateway: Checks, backend: Any, status: int, why: str
 ) -> None:
     gateway.has("chat@a", backend.url)
     gateway.configure()
@@ -365,7 +186,7 @@ def test_wrong_answers_take_a_backend_out_and_two_good_ones_bring_it_back(
     assert backend.most == 1
 
 
-def test_a_refused_connection_is_out_after_two(gateway: Gateway) -> None:
+def test_a_refused_connection_is_out_after_two(gateway: Checks) -> None:
     with listening(Backend) as first:
         first.asked = []
         gateway.has("chat@a", first.url)
@@ -375,7 +196,7 @@ def test_a_refused_connection_is_out_after_two(gateway: Gateway) -> None:
     assert gateway.use("chat@a")["why"] == "it refuses connections"
 
 
-def test_one_bad_answer_is_forgiven(gateway: Gateway, backend: Any) -> None:
+def test_one_bad_answer_is_forgiven(gateway: Checks, backend: Any) -> None:
     gateway.has("chat@a", backend.url)
     gateway.configure()
     gateway.start()
@@ -387,7 +208,7 @@ def test_one_bad_answer_is_forgiven(gateway: Gateway, backend: Any) -> None:
         gateway.stays(lambda: gateway.used("chat@a"), INTERVAL + 3 * RETRY)
 
 
-def test_an_engine_that_hangs_is_out_and_asked_once_at_a_time(gateway: Gateway, backend: Any) -> None:
+def test_an_engine_that_hangs_is_out_and_asked_once_at_a_time(gateway: Checks, backend: Any) -> None:
     gateway.has("chat@a", backend.url)
     gateway.configure()
     gateway.start()
@@ -401,7 +222,7 @@ def test_an_engine_that_hangs_is_out_and_asked_once_at_a_time(gateway: Gateway, 
     gateway.until(lambda: gateway.used("chat@a"))
 
 
-def test_a_full_engine_that_works_is_never_out(gateway: Gateway, backend: Any) -> None:
+def test_a_full_engine_that_works_is_never_out(gateway: Checks, backend: Any) -> None:
     """503 for as long as it lasts."""
     gateway.has("chat@a", backend.url)
     gateway.configure()
@@ -415,7 +236,7 @@ def test_a_full_engine_that_works_is_never_out(gateway: Gateway, backend: Any) -
     assert gateway.until(lambda: not gateway.used("chat@a")) < TIMEOUT * 1.5, "and one that does not is"
 
 
-def test_a_full_engine_enters_when_it_works(gateway: Gateway, backend: Any) -> None:
+def test_a_full_engine_enters_when_it_works(gateway: Checks, backend: Any) -> None:
     """Else a new gateway in front of a busy fleet would have nobody."""
     backend.status = 503
     gateway.has("chat@a", backend.url)
@@ -469,7 +290,7 @@ def prompt(running: Running, **settings: Any) -> threading.Thread:
     return thread
 
 
-def test_a_long_prompt_does_not_take_a_backend_out(gateway: Gateway, vllm: Running) -> None:
+def test_a_long_prompt_does_not_take_a_backend_out(gateway: Checks, vllm: Running) -> None:
     """One prompt of three times the timeout, computed alone: the question waits behind it, and only the KV cache moves."""
     gateway.has("chat@a", f"http://127.0.0.1:{vllm.port}")
     gateway.configure()
@@ -491,7 +312,7 @@ def test_a_long_prompt_does_not_take_a_backend_out(gateway: Gateway, vllm: Runni
     assert not thread.is_alive()
 
 
-def test_a_stand_in_that_hangs_is_out_whoever_comes_and_goes(gateway: Gateway, vllm: Running) -> None:
+def test_a_stand_in_that_hangs_is_out_whoever_comes_and_goes(gateway: Checks, vllm: Running) -> None:
     gateway.has("chat@a", f"http://127.0.0.1:{vllm.port}")
     gateway.configure()
     gateway.start()
@@ -503,7 +324,7 @@ def test_a_stand_in_that_hangs_is_out_whoever_comes_and_goes(gateway: Gateway, v
     assert "its engine did nothing" in gateway.use("chat@a")["why"]
 
 
-def test_a_process_that_is_stopped_is_out_and_comes_back(gateway: Gateway, vllm: Running) -> None:
+def test_a_process_that_is_stopped_is_out_and_comes_back(gateway: Checks, vllm: Running) -> None:
     gateway.has("chat@a", f"http://127.0.0.1:{vllm.port}")
     gateway.configure()
     gateway.start()
@@ -513,7 +334,7 @@ def test_a_process_that_is_stopped_is_out_and_comes_back(gateway: Gateway, vllm:
     gateway.until(lambda: gateway.used("chat@a"))
 
 
-def test_a_backend_whose_model_is_another_is_not_used(gateway: Gateway, vllm: Running) -> None:
+def test_a_backend_whose_model_is_another_is_not_used(gateway: Checks, vllm: Running) -> None:
     gateway.has("chat@a", f"http://127.0.0.1:{vllm.port}")
     gateway.configure()
     fleet = json.loads(gateway.path("fleet.json").read_text())
@@ -528,7 +349,7 @@ def test_a_backend_whose_model_is_another_is_not_used(gateway: Gateway, vllm: Ru
 
 
 def test_a_host_that_wants_to_stop_is_let_go(
-    gateway: Gateway, backend: Any, other: Any, agent: Agent, admin: Any
+    gateway: Checks, backend: Any, other: Any, agent: Agent, admin: Any
 ) -> None:
     gateway.has("chat@a", backend.url, agent)
     gateway.has("chat@b", other.url)
@@ -552,7 +373,7 @@ def test_a_host_that_wants_to_stop_is_let_go(
 
 
 def test_the_minimum_keeps_who_wants_to_leave_and_says_so(
-    gateway: Gateway, backend: Any, other: Any, agent: Agent
+    gateway: Checks, backend: Any, other: Any, agent: Agent
 ) -> None:
     gateway.has("chat@a", backend.url, agent)
     gateway.has("chat@b", other.url)
@@ -571,7 +392,7 @@ def test_the_minimum_keeps_who_wants_to_leave_and_says_so(
     assert not gateway.use("chat@a")["kept"], "the minimum keeps nobody who fails"
 
 
-def test_where_nginx_does_not_run_nothing_is_in_flight(gateway: Gateway, backend: Any, agent: Agent) -> None:
+def test_where_nginx_does_not_run_nothing_is_in_flight(gateway: Checks, backend: Any, agent: Agent) -> None:
     gateway.has("chat@a", backend.url, agent)
     gateway.configure()
     gateway.start()
@@ -580,9 +401,7 @@ def test_where_nginx_does_not_run_nothing_is_in_flight(gateway: Gateway, backend
     assert agent.told[-1]["in_flight"] == {"chat": 0}
 
 
-def test_who_was_drained_while_the_gateway_was_away_does_not_enter(
-    gateway: Gateway, backend: Any, agent: Agent
-) -> None:
+def test_who_was_drained_while_the_gateway_was_away_does_not_enter(gateway: Checks, backend: Any, agent: Agent) -> None:
     gateway.has("chat@a", backend.url, agent)
     gateway.configure()
     gateway.start()
@@ -596,7 +415,7 @@ def test_who_was_drained_while_the_gateway_was_away_does_not_enter(
 
 
 def test_what_a_host_said_last_counts_when_it_is_silent(
-    gateway: Gateway, backend: Any, agent: Agent, authority: Authority
+    gateway: Checks, backend: Any, agent: Agent, authority: Authority
 ) -> None:
     gateway.has("chat@a", backend.url, agent)
     gateway.configure()
@@ -615,7 +434,7 @@ def test_what_a_host_said_last_counts_when_it_is_silent(
     agent.stop = lambda: None
 
 
-def test_without_a_certificate_hosts_have_no_opinion(gateway: Gateway, backend: Any, agent: Agent) -> None:
+def test_without_a_certificate_hosts_have_no_opinion(gateway: Checks, backend: Any, agent: Agent) -> None:
     gateway.prepare(certificate=False)
     gateway.has("chat@a", backend.url, agent)
     gateway.configure()
@@ -630,7 +449,7 @@ def test_without_a_certificate_hosts_have_no_opinion(gateway: Gateway, backend: 
     assert not gateway.used("chat@a")
 
 
-def test_an_agent_of_another_authority_is_not_believed(gateway: Gateway, backend: Any, tmp_path: Path) -> None:
+def test_an_agent_of_another_authority_is_not_believed(gateway: Checks, backend: Any, tmp_path: Path) -> None:
     wrong = Agent()
     wrong.says("chat", "drained")
     serve(wrong, Authority(), tmp_path)
@@ -645,7 +464,7 @@ def test_an_agent_of_another_authority_is_not_believed(gateway: Gateway, backend
 # --- restarts and changes -------------------------------------------------------------------------------------------
 
 
-def test_a_restart_changes_nothing(gateway: Gateway, backend: Any, other: Any) -> None:
+def test_a_restart_changes_nothing(gateway: Checks, backend: Any, other: Any) -> None:
     other.status = 500
     gateway.has("chat@a", backend.url)
     gateway.has("chat@b", other.url)
@@ -662,7 +481,7 @@ def test_a_restart_changes_nothing(gateway: Gateway, backend: Any, other: Any) -
     assert len(gateway.log.splitlines()) == lines + 1
 
 
-def test_after_a_boot_what_was_written_down_is_believed(gateway: Gateway, backend: Any, other: Any) -> None:
+def test_after_a_boot_what_was_written_down_is_believed(gateway: Checks, backend: Any, other: Any) -> None:
     other.status = 500
     gateway.has("chat@a", backend.url)
     gateway.has("chat@b", other.url)
@@ -676,7 +495,7 @@ def test_after_a_boot_what_was_written_down_is_believed(gateway: Gateway, backen
     assert (gateway.used("chat@a"), gateway.used("chat@b")) == (True, False)
 
 
-def test_a_change_of_the_fleet_is_taken_up(gateway: Gateway, backend: Any, other: Any) -> None:
+def test_a_change_of_the_fleet_is_taken_up(gateway: Checks, backend: Any, other: Any) -> None:
     gateway.has("chat@a", backend.url)
     gateway.configure()
     gateway.start()
@@ -696,7 +515,7 @@ def test_a_change_of_the_fleet_is_taken_up(gateway: Gateway, backend: Any, other
     gateway.stays(lambda: gateway.used("chat@b"), INTERVAL)
 
 
-def test_a_fleet_for_another_key_ends_the_checks_and_leaves_the_state(gateway: Gateway, backend: Any) -> None:
+def test_a_fleet_for_another_key_ends_the_checks_and_leaves_the_state(gateway: Checks, backend: Any) -> None:
     gateway.has("chat@a", backend.url)
     gateway.configure()
     gateway.start()
@@ -707,7 +526,7 @@ def test_a_fleet_for_another_key_ends_the_checks_and_leaves_the_state(gateway: G
     assert KEY not in gateway.log
 
 
-def test_the_key_is_nowhere(gateway: Gateway, backend: Any) -> None:
+def test_the_key_is_nowhere(gateway: Checks, backend: Any) -> None:
     gateway.has("chat@a", backend.url)
     gateway.configure()
     gateway.start()
@@ -718,7 +537,7 @@ def test_the_key_is_nowhere(gateway: Gateway, backend: Any) -> None:
             assert KEY not in file.read_text(), file
 
 
-def test_hundreds_of_backends_are_checked_at_once(gateway: Gateway, backend: Any) -> None:
+def test_hundreds_of_backends_are_checked_at_once(gateway: Checks, backend: Any) -> None:
     """Of which half hang; one server stands for those that answer, one for those that do not."""
     with listening(Backend) as hung:
         hung.asked, hung.status = [], 0
@@ -736,7 +555,7 @@ def test_hundreds_of_backends_are_checked_at_once(gateway: Gateway, backend: Any
         hung.status = 200
 
 
-def cpu(gateway: Gateway) -> float:
+def cpu(gateway: Checks) -> float:
     """Seconds of a core that the checks have used."""
     assert gateway.process
     fields = Path(f"/proc/{gateway.process.pid}/stat").read_text().rpartition(")")[2].split()
