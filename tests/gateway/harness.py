@@ -137,7 +137,10 @@ class Gateway:
     serial: int = 0
 
     def connect(self, seconds: float = 15) -> ssl.SSLSocket:
-        return self.tls.wrap_socket(socket.create_connection(("127.0.0.1", self.port), seconds), server_hostname=NAME)
+        plain = socket.create_connection(("127.0.0.1", self.port), seconds)
+        # a header and a body go out in two writes, and the second must not wait for the first one's acknowledgement
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return self.tls.wrap_socket(plain, server_hostname=NAME)
 
     def raw(self, data: bytes) -> bytes:
         """Send bytes and return everything that comes back."""

@@ -26,7 +26,7 @@ ROUTES = [
     route("acme/big", [SECOND], aliases=["big"]),
     route("big", [SECOND], clients=["narrow"]),
     route("secret", [SECOND], clients=["nobody"]),
-    route("whisper", [SOUND], paths=[TRANSCRIPTIONS]),
+    route("whisper", [SOUND], paths=[TRANSCRIPTIONS], aliases=["whisper-1"]),
 ]
 FLEET = document(ROUTES, [FIRST, SECOND, SOUND], CLIENTS, KEYS)
 # What a body may look like, and the gateway must not change.
@@ -153,7 +153,15 @@ def test_a_form_has_its_model_too(gateway: Gateway) -> None:
     assert reached(SOUND) == form("whisper")
     assert SOUND.asked[0].path == TRANSCRIPTIONS
     assert gateway.ask(TRANSCRIPTIONS, form("small"), headers=headers).status == 404
-    assert gateway.ask(TRANSCRIPTIONS, b"--x-y--", headers=headers).error["code"] == "missing_required_parameter"
+    assert gateway.ask(TRANSCRIPTIONS, form("x").replace(b'"model"', b'"other"'), headers=headers).error["code"] == "missing_required_parameter"
+    assert gateway.ask(TRANSCRIPTIONS, form("whisper")[:-9], headers=headers).error["code"] == "invalid_form"
+
+
+def test_an_alias_in_a_form(gateway: Gateway) -> None:
+    headers = {"Content-Type": "multipart/form-data; boundary=x-y"}
+    assert gateway.ask(TRANSCRIPTIONS, form("whisper-1"), headers=headers).status == 200
+    assert reached(SOUND) == form("whisper")
+    assert SOUND.asked[0].headers["content-type"] == headers["Content-Type"]
 
 
 # --- the path
