@@ -34,6 +34,9 @@ AGENT_PORT = 9440
 # With these a request can name an address that the server connects to: media, and the peer that has a prompt's cache.
 FETCHING_OPTIONS = ("allowed-media-domains", "kv-transfer-config", "ec-transfer-config")
 
+# The variables of a host that say what it serves, and where.
+OF_BACKENDS = ("vllm_instances", "fleet_address", "ansible_host", "host_agent_port")
+
 HostVars = Mapping[str, Mapping[str, Any]]
 
 
@@ -195,6 +198,11 @@ def moment(value: Any) -> int:
     day, clock, zone = found.groups()
     zone = "+00:00" if zone in (None, "Z", "z") else zone
     return int(datetime.fromisoformat(f"{day}T{clock or '00:00'}{zone}").timestamp())
+
+
+def read(hostvars: HostVars, hosts: Sequence[str]) -> HostVars:
+    """What decides about backends, each variable of a host rendered once: that is what takes long when there are many routes."""
+    return {host: {name: hostvars[host].get(name) for name in OF_BACKENDS} for host in hosts if host in hostvars}
 
 
 def is_address(name: str) -> bool:
