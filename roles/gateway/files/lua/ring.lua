@@ -11,7 +11,7 @@
 --                                          fields that scan found (model, and messages, prompt or input); nil without a prompt
 local bit = require "bit"
 
-local band, bxor, lshift, rshift, tobit = bit.band, bit.bxor, bit.lshift, bit.rshift, bit.tobit
+local bxor, rshift = bit.bxor, bit.rshift
 
 local ring = {}
 ring.__index = ring
@@ -19,25 +19,15 @@ ring.__index = ring
 local REPLICAS, FACTOR, BYTES = 100, 1.25, 4096
 local PROMPTS = { "messages", "prompt", "input" }
 
--- Hashes.
-
--- A product modulo 2^32: as a number of Lua it would lose its last digits.
-local function times(one, other)
-    return tobit(band(one, 0xffff) * other + lshift(tobit(rshift(one, 16) * other), 16))
-end
-
--- FNV-1a, then the last steps of MurmurHash3, which spread short texts that are nearly the same.
+-- FNV-1a, then a step of MurmurHash3, which spreads short texts that are nearly the same. The upper half is a number of Lua.
 local function hash(text)
-    local value = tobit(2166136261)
+    local value = 14695981039346656037ULL
     for index = 1, #text do
-        value = times(bxor(value, text:byte(index)), 16777619)
+        value = bxor(value, text:byte(index)) * 1099511628211ULL
     end
-    value = times(bxor(value, rshift(value, 16)), tobit(0x85ebca6b))
-    value = times(bxor(value, rshift(value, 13)), tobit(0xc2b2ae35))
-    return bxor(value, rshift(value, 16))
+    value = bxor(value, rshift(value, 33)) * 0xff51afd7ed558ccdULL
+    return tonumber(rshift(value, 32))
 end
-
--- The ring.
 
 function ring.new(names, replicas)
     local points = {}
