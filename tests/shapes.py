@@ -36,8 +36,19 @@ DECIDES = DataLoader().load_from_file(str(ROOT / "playbooks/group_vars/all/roles
 VALUES: dict[str, Any] = {
     "vllm_internal_key": "a" * 64, "vllm_device": "cpu", "ssh_hardening_login_users": ["root"], "gateway_server_names": ["llm.example.com"],
     "tls_certificate_names": ["llm.example.com"], "fleet_address": "10.0.0.11",
-    "gateway_routes": [{"model": "tiny", "instance": "chat"}], "firewall_admin_networks": ["10.0.0.0/8"],
-    "gateway_clients": [{"name": "team-a", "key": "b" * 64, "requests_per_minute": 60, "concurrent_requests": 3}],
+    "gateway_routes": [
+        {
+            "model": "tiny", "instance": "chat", "aliases": ["small"], "paths": ["/v1/completions"], "clients": ["team-a"], "balance": "session",
+            "session_header": "x-chat",
+        },
+    ],
+    "firewall_admin_networks": ["10.0.0.0/8"],
+    "gateway_clients": [
+        {
+            "name": "team-a", "keys": [{"key": "b" * 64, "expires": "2999-01-01"}], "requests_per_minute": 60, "concurrent_requests": 3,
+            "models": ["tiny"],
+        },
+    ],
     "model_store_models": [{"name": "tiny", "source": "huggingface", "repository": "acme/tiny", "revision": "c" * 40}],
     "vllm_instances": [{"name": "chat", "model": "tiny", "port": 8000, "gpus": [], "options": {"max-model-len": 4096}}],
     "docker_daemon_options": {"log-driver": "local"},
@@ -165,20 +176,23 @@ def shapes(value: Any, option: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     entry = (value[0] if many and value else value) or {}
     if not isinstance(entry, dict):
         return
-    for key in option.get("options") or list(entry)[:1]:
+    options = option.get("options") or {}
+    for key in options or list(entry)[:1]:
         for label, shape in [
             *SHAPES.items(),
-            *(("below: " + label, {below: shape}) for below, label, shape in deeper(entry.get(key))),
+            *(("below: " + label, below) for label, below in deeper(entry.get(key), options.get(key, {}))),
         ]:
             changed = {**entry, key: shape}
             yield f"{key}: {label}", [changed] if many else changed
 
 
-def deeper(value: Any) -> Iterator[tuple[Any, str, Any]]:
-    """What a dictionary in an entry has, in every shape."""
-    for key in value if isinstance(value, dict) else ():
+def deeper(value: Any, option: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A dictionary in an entry, or the first of a list of such, with each thing that it has or may have in every shape."""
+    many = isinstance(value, list)
+    inner = value[0] if many and value else value
+    for key in {**(option.get("options") or {}), **inner} if isinstance(inner, dict) else ():
         for label, shape in SHAPES.items():
-            yield key, f"{key}: {label}", shape
+            yield f"{key}: {label}", [{**inner, key: shape}] if many else {key: shape}
 
 
 def wrong(value: Any, spec: Mapping[str, Any]) -> bool:

@@ -6,11 +6,13 @@ Decided from the inventory alone, never from facts, so --limit changes nothing.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date, datetime
 from typing import Any
 
 LOOPBACK = "127.0.0.1"
@@ -21,6 +23,13 @@ PORTS = range(1024, 65536)
 # When a client does not say otherwise, ten seconds' worth of its requests may come at once, at least five.
 BURST_SECONDS = 10
 BURST_LEAST = 5
+# How a route chooses among its backends; the first is the default.
+BALANCES = ("least", "prefix", "session")
+# What tells one session from another where a request has it; then `user` and `prompt_cache_key` of its body.
+SESSION_HEADER = "x-session-id"
+MOMENT = re.compile(r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d(?::\d\d)?)(?:\.\d+)?([Zz]|[+-]\d\d:\d\d)?)?")
+# Where the agent of a host listens, unless host_agent_port says otherwise.
+AGENT_PORT = 9440
 
 # With these a request can name an address that the server connects to: media, and the peer that has a prompt's cache.
 FETCHING_OPTIONS = ("allowed-media-domains", "kv-transfer-config", "ec-transfer-config")
@@ -40,6 +49,7 @@ class Instance:
     name: str
     port: int
     model: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def id(self) -> str:
@@ -67,36 +77,124 @@ class Backend:
 
 @dataclass(frozen=True)
 class Route:
-    """Which instance answers for a model that clients name."""
+    """What clients may ask for: the model that they name, the instance that answers, and how."""
 
     model: str
     instance: str
+    aliases: tuple[str, ...] = ()
+    # Nothing: those of gateway_paths that the instance can have.
+    paths: tuple[str, ...] | None = None
+    # Nothing: all of them.
+    clients: tuple[str, ...] | None = None
+    weight: int = 1
+    balance: str = "least"
+    session_header: str | None = None
+    # Nothing: all backends but one.
+    min_available: int | None = None
+    retry: bool = True
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Route:
-        """From an entry of `gateway_routes`."""
-        return cls(str(entry.get("model")), str(entry.get("instance")))
+        """From an entry of `gateway_routes` without mistakes."""
+        balance, least = str(entry.get("balance") or BALANCES[0]), entry.get("min_available")
+        header = str(entry.get("session_header") or SESSION_HEADER).lower() if balance == "session" else None
+        return cls(
+            str(entry.get("model")), str(entry.get("instance")), names(entry.get("aliases")) or (), names(entry.get("paths")),
+            names(entry.get("clients")), int(entry.get("weight", 1)), balance, header, None if least is None else int(least),
+            truth(entry.get("retry", True)),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a client, by its SHA-256. The key itself is in no message, no repr and no comparison, and empty where only the hash is known."""
+
+    sha256: str
+    # In Unix seconds; nothing: it does not.
+    expires: int | None = None
+    text: str = field(default="", repr=False, compare=False)
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Key:
+        """From an entry of a client's `keys`, or from a client with a `key`, without mistakes."""
+        text, until = str(entry.get("key") or ""), entry.get("expires")
+        digest = sha256(text) if text else str(entry.get("sha256")).lower()
+        return cls(digest, None if until is None else moment(until), text)
+
+    def expired(self, now: float) -> bool:
+        """Whether it is refused at this time."""
+        return self.expires is not None and self.expires <= now
 
 
 @dataclass(frozen=True)
 class Client:
-    """Who may ask a gateway, and how much. Its key is in no message and no repr."""
+    """Who may ask a gateway, by which keys, for what, and how much."""
 
     name: str
     requests_per_minute: int
     concurrent_requests: int
     burst: int
-    key: str = field(default="", repr=False)
+    keys: tuple[Key, ...] = ()
+    # Nothing: all that there are.
+    models: tuple[str, ...] | None = None
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
+    priority: int | None = None
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Client:
         """From an entry of `gateway_clients` without mistakes."""
-        rate = int(entry["requests_per_minute"])
-        burst = entry.get("burst")
+        rate, burst = int(entry["requests_per_minute"]), entry.get("burst")
         if burst is None:
             burst = max(BURST_LEAST, math.ceil(rate * BURST_SECONDS / 60))
-        concurrent = int(entry["concurrent_requests"])
-        return cls(str(entry["name"]), rate, concurrent, int(burst), str(entry.get("key", "")))
+        optional = {
+            name: int(entry[name])
+            for name in ("tokens_per_minute", "tokens_per_day", "tokens_per_month", "priority")
+            if entry.get(name) is not None
+        }
+        keys = tuple(map(Key.of, entry.get("keys") or [entry]))
+        return cls(
+            str(entry["name"]), rate, int(entry["concurrent_requests"]), int(burst), keys, names(entry.get("models")), **optional
+        )  # fmt: skip
+
+    def may(self, route: Route) -> bool:
+        """Whether it may use a route."""
+        return (route.clients is None or self.name in route.clients) and (
+            self.models is None or route.model in self.models
+        )
+
+    def known_key(self, now: float) -> str:
+        """A key that can be shown to a gateway: the one that lasts longest of those that are more than a hash; empty where there is none."""
+        known = [key for key in self.keys if key.text and not key.expired(now)]
+        return max(known, key=lambda key: math.inf if key.expires is None else key.expires).text if known else ""
+
+
+def sha256(text: str) -> str:
+    """How fleet.json and the gateways know a key."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def names(entry: Any) -> tuple[str, ...] | None:
+    """A list of the inventory that may be left out, each thing once."""
+    return None if entry is None else tuple(dict.fromkeys(map(str, entry)))
+
+
+def truth(value: Any) -> bool:
+    """A truth, which may have come as text."""
+    return value if isinstance(value, bool) else str(value).lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+def moment(value: Any) -> int:
+    """What `expires` says, in Unix seconds: a date (its first second) or a time of RFC 3339; without a zone, UTC. Raises ValueError."""
+    if isinstance(value, date):  # what YAML makes of one without quotes
+        value = value.isoformat()
+    found = MOMENT.fullmatch(str(value).strip())
+    if not found:
+        raise ValueError("neither a date nor a time of RFC 3339")
+    day, clock, zone = found.groups()
+    zone = "+00:00" if zone in (None, "Z", "z") else zone
+    return int(datetime.fromisoformat(f"{day}T{clock or '00:00'}{zone}").timestamp())
 
 
 def is_address(name: str) -> bool:
@@ -145,6 +243,17 @@ def bind_address(hostvars: HostVars, host: str, gateways: Sequence[str]) -> str:
     return LOOPBACK if list(gateways) == [host] else fleet_address(hostvars, host)
 
 
+def agent_endpoint(hostvars: HostVars, host: str, gateways: Sequence[str]) -> str:
+    """Where the gateways ask the agent of a host: at its fleet_address, or by loopback where it needs none."""
+    port = int(hostvars[host].get("host_agent_port") or AGENT_PORT)
+    try:
+        return with_port(fleet_address(hostvars, host), port)
+    except FleetError:
+        if bind_address(hostvars, host, gateways) == LOOPBACK:
+            return with_port(LOOPBACK, port)
+        raise
+
+
 def port_problem(port: Any) -> str:
     """What is wrong with the port of an instance; empty when it is fine."""
     if isinstance(port, int) and not isinstance(port, bool) and port in PORTS:
@@ -167,7 +276,13 @@ def instances(hostvars: HostVars, hosts: Sequence[str], name: str | None = None)
             continue
         if problem := port_problem(entry.get("port")):
             raise FleetError(f"{host}: vllm_instances ({entry.get('name')}): {problem}")
-        found.append(Instance(host, str(entry.get("name")), int(entry["port"]), str(entry.get("model", ""))))
+        options = entry.get("options")
+        found.append(
+            Instance(
+                host, str(entry.get("name")), int(entry["port"]), str(entry.get("model", "")),
+                options if isinstance(options, Mapping) else {},
+            )
+        )  # fmt: skip
     return found
 
 

@@ -193,7 +193,9 @@ KINDS: tuple[Kind, ...] = (
         (Path("/pooling", PROMPT, open=False, question={"input": GREETING}, read=pooled),),
     ),
 )
-# Every instance has it.
+# What an instance has whatever its kind. Their answers count nothing that is paid for.
+EVERY_KIND = (Path("/tokenize", (), open=False), Path("/detokenize", (), open=False))
+# Every instance has it, too; a gateway answers it itself.
 MODELS = "/v1/models"
 
 # How vLLM answers for a path that it does not have; when it does not know the model, 404 comes with an `error`.
@@ -206,6 +208,8 @@ DONE = (
     "vllm:iteration_tokens_total_count", "vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:request_success_total",
 )  # fmt: skip
 LOAD = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+# All that moves while the engine computes one long prompt and nothing else: an iteration counts when it made a token (vllm/v1/engine/async_llm.py).
+KV = "vllm:kv_cache_usage_perc"
 # Requests that ended without an answer are counted as well.
 UNANSWERED = ('finished_reason="abort"', 'finished_reason="error"')
 
@@ -216,6 +220,8 @@ class Work:
 
     done: tuple[float, ...]
     load: float
+    # How much of its KV cache is in use.
+    kv: float = 0.0
 
 
 def paths() -> Iterator[Path]:
@@ -226,7 +232,7 @@ def paths() -> Iterator[Path]:
 
 def methods() -> dict[str, str]:
     """Every path that a gateway may let through, with its method."""
-    return {**{path.path: "POST" for path in paths()}, MODELS: "GET"}
+    return {**{path.path: "POST" for path in (*paths(), *EVERY_KIND)}, MODELS: "GET"}
 
 
 def open_paths() -> list[str]:
@@ -270,11 +276,16 @@ def wanted_kinds(options: Mapping[str, Any]) -> list[Kind]:
     return list(KINDS)
 
 
+def possible_paths(options: Mapping[str, Any]) -> list[Path]:
+    """The paths that an instance can have by its options."""
+    return [path for kind in wanted_kinds(options) for path in kind.paths] + list(EVERY_KIND)
+
+
 def work(metrics: str) -> Work:
     """What the metrics of an instance say of its engine."""
-    found = dict.fromkeys((*DONE, *LOAD), 0.0)
+    found = dict.fromkeys((*DONE, *LOAD, KV), 0.0)
     for line in metrics.splitlines():
         name = line.split("{")[0].split(" ")[0]
         if name in found and not any(reason in line for reason in UNANSWERED):
             found[name] += float(line.rsplit(" ", 1)[1])
-    return Work(tuple(found[name] for name in DONE), sum(found[name] for name in LOAD))
+    return Work(tuple(found[name] for name in DONE), sum(found[name] for name in LOAD), found[KV])

@@ -100,10 +100,3 @@ def test_dns_names(name: str) -> None:
 )
 def test_no_dns_names(name: str) -> None:
     assert not fleet.is_dns_name(name)
-
-
-def test_a_client_shows_its_key_to_nobody() -> None:
-    entry = {"name": "a", "requests_per_minute": 60, "concurrent_requests": 4, "key": "sesame" * 6}
-    client = fleet.Client.of(entry)
-    assert client == fleet.Client("a", 60, 4, 10, "sesame" * 6)
-    assert "sesame" not in repr(client)

@@ -260,8 +260,8 @@ def test_options_narrow_the_kinds(options: dict[str, str], kinds: list[str]) -> 
 
 
 def test_the_gateway_takes_its_paths_from_the_table() -> None:
-    spec = yaml.safe_load((ROOT / "roles/gateway/meta/argument_specs.yml").read_text())["argument_specs"]["main"][
-        "options"
-    ]["gateway_paths"]
-    assert spec["choices"] == list(model_kinds.methods())
-    assert spec["default"] == model_kinds.open_paths()
+    specs = yaml.safe_load((ROOT / "roles/gateway/meta/argument_specs.yml").read_text())["argument_specs"]["main"]
+    paths, routes = specs["options"]["gateway_paths"], specs["options"]["gateway_routes"]["options"]
+    assert paths["choices"] == list(model_kinds.methods())
+    assert paths["default"] == model_kinds.open_paths()
+    assert [*routes["paths"]["choices"], model_kinds.MODELS] == paths["choices"]

@@ -1,0 +1,142 @@
+-- What changes without a reload: which backends are used, and how much each has to do. It lies in a dictionary that all workers share, those of
+-- former configurations included.
+local cjson = require "cjson.safe"
+local fleet = require "fleet"
+
+local state = {}
+
+-- A failure counts as this many requests in flight, for this many seconds: who fails fast would have the fewest otherwise.
+local FAILURE_LOAD = 4
+local FAILURE_SECONDS = 10
+
+local shared = ngx.shared.gateway_state
+local file_name
+local last_text
+
+local function in_flight_of(id)
+    return shared:get("in:" .. id) or 0
+end
+
+-- Takes up what the checks service wrote. A backend that it does not name is not used.
+local function adopt(text)
+    local told = cjson.decode(text)
+    if type(told) ~= "table" or type(told.backends) ~= "table" then
+        ngx.log(ngx.ERR, file_name, " is no state; the last one stays in use")
+        return
+    end
+    for id in pairs(fleet.backends) do
+        local backend = told.backends[id] or {}
+        local use = backend.use == true
+        if use and not shared:get("use:" .. id) then
+            -- who comes back begins anew
+            shared:delete("failed:" .. id)
+        end
+        shared:set("use:" .. id, use)
+        shared:set("leaving:" .. id, backend.leaving == true)
+    end
+    shared:set("serial", tonumber(told.serial) or 0)
+    shared:set("time", tonumber(told.time) or 0)
+end
+
+-- Looks whether there is a new state. Where none was ever written, since the host started, every backend is used.
+function state.read()
+    local file = io.open(file_name, "rb")
+    if not file then
+        if shared:get("serial") == nil then
+            for id in pairs(fleet.backends) do
+                shared:set("use:" .. id, true)
+            end
+        end
+        return
+    end
+    local text = file:read("*a")
+    file:close()
+    if text ~= last_text then
+        last_text = text
+        adopt(text)
+    end
+end
+
+function state.load(name)
+    file_name, last_text = name, nil
+    state.read()
+end
+
+function state.used(id)
+    return shared:get("use:" .. id) == true
+end
+
+function state.leaving(id)
+    return shared:get("leaving:" .. id) == true
+end
+
+-- How much a backend has to do.
+function state.load_of(id)
+    return in_flight_of(id) + FAILURE_LOAD * (shared:get("failed:" .. id) or 0)
+end
+
+function state.failed(id)
+    shared:incr("failed:" .. id, 1, 0, FAILURE_SECONDS)
+end
+
+-- Each worker counts under its process id as well, so that what a killed one had can be given back.
+function state.enter(id)
+    shared:incr("in:" .. id, 1, 0)
+    shared:incr("in:" .. id .. ":" .. ngx.worker.pid(), 1, 0)
+end
+
+function state.leave(id)
+    shared:incr("in:" .. id, -1, 0)
+    shared:incr("in:" .. id .. ":" .. ngx.worker.pid(), -1, 0)
+end
+
+-- Makes this worker one whose counts are looked after.
+function state.begin()
+    shared:rpush("owners", ngx.worker.pid())
+end
+
+-- Whether a process is there, and one of Nginx's.
+local function alive(pid)
+    local file = io.open("/proc/" .. pid .. "/comm", "rb")
+    if not file then
+        return false
+    end
+    local name = file:read("*l")
+    file:close()
+    return name == "nginx"
+end
+
+local function give_back(pid)
+    for id in pairs(fleet.backends) do
+        local key = "in:" .. id .. ":" .. pid
+        local count = shared:get(key)
+        if count then
+            shared:incr("in:" .. id, -count)
+            shared:delete(key)
+        end
+    end
+end
+
+-- Gives back what workers had that are gone. Returns the test for others who count by process.
+function state.sweep()
+    for _ = 1, shared:llen("owners") or 0 do
+        local pid = shared:lpop("owners")
+        if pid and alive(pid) then
+            shared:rpush("owners", pid)
+        elseif pid then
+            give_back(pid)
+        end
+    end
+    return alive
+end
+
+-- For the checks service.
+function state.in_flight()
+    local counts = {}
+    for id in pairs(fleet.backends) do
+        counts[id] = in_flight_of(id)
+    end
+    return { serial = shared:get("serial") or 0, in_flight = counts }
+end
+
+return state
