@@ -25,7 +25,7 @@ BURST_SECONDS = 10
 BURST_LEAST = 5
 # How a route chooses among its backends; the first is the default.
 BALANCES = ("least", "prefix", "session")
-# What tells one session from another where a request has it; then `user` and `prompt_cache_key` of its body.
+# What tells one session from another where a request has it; then `prompt_cache_key` and `user` of its body.
 SESSION_HEADER = "x-session-id"
 MOMENT = re.compile(r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d(?::\d\d)?)(?:\.\d+)?([Zz]|[+-]\d\d:\d\d)?)?")
 # Where the agent of a host listens, unless host_agent_port says otherwise.

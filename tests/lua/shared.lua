@@ -1,4 +1,4 @@
--- A dictionary as ngx.shared has them, with a clock of its own (`dict.now`), and before(operation) called before each operation.
+-- A dictionary as ngx.shared has them, with a clock of its own (`now`), room for `most` keys, and before() called before each operation.
 local Shared = {}
 Shared.__index = Shared
 
@@ -40,6 +40,32 @@ function Shared:add(key, value, seconds)
     self.before()
     if self:peek(key) ~= nil then
         return false, "exists"
+    end
+    return self:put(key, value, seconds)
+end
+
+function Shared:full()
+    local count = 0
+    for key in pairs(self.values) do
+        count = count + (self:peek(key) ~= nil and 1 or 0)
+    end
+    return self.most ~= nil and count >= self.most
+end
+
+function Shared:safe_set(key, value, seconds)
+    self.before()
+    if self:peek(key) == nil and self:full() then
+        return nil, "no memory"
+    end
+    return self:put(key, value, seconds)
+end
+
+function Shared:safe_add(key, value, seconds)
+    self.before()
+    if self:peek(key) ~= nil then
+        return false, "exists"
+    elseif self:full() then
+        return nil, "no memory"
     end
     return self:put(key, value, seconds)
 end
