@@ -246,7 +246,7 @@ def lint_jobs() -> list[Job]:
         Job("ruff check", ["ruff", "check"]),
         Job("ruff format", ["ruff", "format", "--check", "--diff"]),
         Job("mypy", ["mypy"]),
-        Job("luacheck", ["luacheck", "--config", ".config/luacheckrc", "roles/gateway/files/lua"]),
+        Job("luacheck", [sys.executable, "-m", "tests.luacheck"]),
         Job("changelog", ["antsibull-changelog", "lint"]),
         *syntax,
     ]
@@ -262,7 +262,11 @@ def unit_jobs() -> list[Job]:
     settings = [f"{name}={value}" for name, value in OLDEST.items()]
     on_oldest = 'tools/setup.sh && exec "$SETUP_VENV/bin/python" -m pytest -m core tests/unit'
     oldest = Job("unit oldest core", ["env", *settings, "bash", "-c", on_oldest], pytest=True)
-    return [pytest_job("unit", "tests/unit", "tests/lua"), *([oldest] if sys.version_info >= (3, 12) else [])]
+    return [
+        pytest_job("unit", "tests/unit", "tests/lua"),
+        pytest_job("gateway", "tests/gateway"),
+        *([oldest] if sys.version_info >= (3, 12) else []),
+    ]
 
 
 def molecule_jobs(wanted: Sequence[str]) -> list[Job]:

@@ -208,6 +208,8 @@ DONE = (
     "vllm:iteration_tokens_total_count", "vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:request_success_total",
 )  # fmt: skip
 LOAD = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+# All that moves while the engine computes one long prompt and nothing else: an iteration counts when it made a token (vllm/v1/engine/async_llm.py).
+KV = "vllm:kv_cache_usage_perc"
 # Requests that ended without an answer are counted as well.
 UNANSWERED = ('finished_reason="abort"', 'finished_reason="error"')
 
@@ -218,6 +220,8 @@ class Work:
 
     done: tuple[float, ...]
     load: float
+    # How much of its KV cache is in use.
+    kv: float = 0.0
 
 
 def paths() -> Iterator[Path]:
@@ -279,9 +283,9 @@ def possible_paths(options: Mapping[str, Any]) -> list[Path]:
 
 def work(metrics: str) -> Work:
     """What the metrics of an instance say of its engine."""
-    found = dict.fromkeys((*DONE, *LOAD), 0.0)
+    found = dict.fromkeys((*DONE, *LOAD, KV), 0.0)
     for line in metrics.splitlines():
         name = line.split("{")[0].split(" ")[0]
         if name in found and not any(reason in line for reason in UNANSWERED):
             found[name] += float(line.rsplit(" ", 1)[1])
-    return Work(tuple(found[name] for name in DONE), sum(found[name] for name in LOAD))
+    return Work(tuple(found[name] for name in DONE), sum(found[name] for name in LOAD), found[KV])

@@ -103,17 +103,18 @@ def locked(name: str) -> Iterator[None]:
         yield
 
 
-def install(program: str, package: str) -> None:
-    """Install a Debian package when the program that it brings is missing."""
+def install(program: str, *packages: str, start: bool = True) -> None:
+    """Install Debian packages when the program that they bring is missing. Without `start`, the services that they bring do not start."""
     if shutil.which(program):
         return
+    names = " ".join(packages)
     if os.geteuid() != 0:
-        raise HostsError(f"{program} is missing and only root can install it: sudo apt-get install {package}")
-    print(f"installing {package} ...", flush=True)
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    if run("apt-get", "install", "-y", "-q", package, check=False, env=environment).returncode:
+        raise HostsError(f"{program} is missing and only root can install it: sudo apt-get install {names}")
+    print(f"installing {names} ...", flush=True)
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", **({} if start else {"RUNLEVEL": "1"})}
+    if run("apt-get", "install", "-y", "-q", *packages, check=False, env=environment).returncode:
         run("apt-get", "update", "-q")
-        run("apt-get", "install", "-y", "-q", package, env=environment)
+        run("apt-get", "install", "-y", "-q", *packages, env=environment)
 
 
 def engine_start() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -136,20 +135,10 @@ def render(template: str = "etc/nginx/nginx.conf.j2", release: str = "Debian-13"
         "__gateway_can": can,
         "__gateway_tls_ciphers": internals["__gateway_tls_ciphers"],
         "__gateway_tls_groups": (["?X25519MLKEM768"] if can["mlkem"] else []) + ["X25519", "prime256v1", "secp384r1"],
-        "__gateway_methods": gateway.gateway_path_methods(more.get("gateway_paths", values["gateway_paths"])),
-        "__gateway_errors": internals["__gateway_errors"],
-        "__gateway_upstream": {
-            "instance": "chat",
-            "backends": [
-                {"id": "chat@a", "endpoint": "10.0.0.1:8000"},
-                {"id": "chat@b", "endpoint": "[fd00::2]:8000"},
-            ],
-            "keepalive": values["gateway_upstream_keepalive"],
-        },
-        "__gateway_upstream_id": "ba9876543210",
-        "__gateway_backends_file": "/etc/nginx/backends.conf",
-        "__gateway_keys_file": "/etc/nginx/keys/0123456789abcdef.conf",
-        "__gateway_generation": "0123456789ab",
+        **{name: text for name, text in internals.items() if name.endswith(("_file", "_directory"))},
+        "__gateway_fleet_file": "/etc/vllm-gateway/fleet.json",
+        "__gateway_internal_key_file": "/etc/vllm-gateway/internal_key",
+        "__gateway_program_id": "0123456789ab",
         "gateway_server_names": ["llm.example.com", "2001:db8::1"],
         "gateway_routes": [{"model": "m", "instance": "chat"}],
         "gateway_clients": [client("a", 600), client("b", 60, 1), client("c", 600)],
@@ -164,27 +153,9 @@ def render(template: str = "etc/nginx/nginx.conf.j2", release: str = "Debian-13"
     return environment.get_template(template).render(values)
 
 
-def test_each_distinct_limit_is_one_zone() -> None:
-    text = render()
-    assert re.findall(r"limit_req_zone \S+ zone=rate_(\S+):1m rate=(\S+);", text) == [
-        ("60_10", "60r/m"),
-        ("600_100", "600r/m"),
-    ]
-    assert re.findall(r"limit_conn_zone \S+ zone=concurrent_(\d+)", text) == ["1", "32"]
-    location = text.partition("location = /v1/completions {")[2].partition("\n        }\n")[0]
-    assert "limit_req zone=rate_60_10 burst=10 nodelay;" in location
-    assert "limit_conn concurrent_1 1;" in location
-    assert "proxy_pass http://vllm/v1/completions;" in location
-
-
-def test_only_chosen_paths_are_let_through() -> None:
-    assert re.findall(r"location = (/v1/\S+)", render(gateway_paths=["/v1/models"])) == ["/v1/models"]
-
-
 @pytest.mark.parametrize(
     ("release", "has", "has_not"),
     [
-        ("Ubuntu-22.04", ["ssl http2;", "ssl_session_tickets off"], ["http2 on", "MLKEM"]),
         ("Debian-12", ["ssl http2;", "ssl_session_tickets off"], ["http2 on", "MLKEM"]),
         ("Ubuntu-24.04", ["ssl http2;"], ["http2 on", "MLKEM", "ssl_session_tickets"]),
         ("Debian-13", ["http2 on;", "?X25519MLKEM768:X25519"], ["ssl http2", "ssl_session_tickets"]),
@@ -197,23 +168,17 @@ def test_a_release_gets_what_its_nginx_and_openssl_can_do(release: str, has: lis
     assert [part for part in has_not if part in text] == []
 
 
-def test_no_secret_is_in_the_configuration_that_everybody_may_read() -> None:
-    keys = [f"{name}-{KEYS[0]}" for name in "abc"]
-    secrets = render("etc/nginx/keys/keys.conf.j2")
-    for secret in [*keys, "internal-" + KEYS[1]]:
-        assert secret not in render()
-        assert secret in secrets
+def test_nothing_of_routes_clients_and_keys_is_in_the_program() -> None:
+    text = render()
+    for word in ("internal-" + KEYS[1], KEYS[0], '"a"', "chat@"):
+        assert word not in text
 
 
 def test_gixy_finds_nothing(tmp_path: Path) -> None:
     """A judge of its own. try_files is skipped: its one name is never that of a file, it only delays the answer."""
-    keys, backends = tmp_path / "keys.conf", tmp_path / "backends.conf"
-    keys.write_text(render("etc/nginx/keys/keys.conf.j2"))
-    backends.write_text(render("etc/nginx/_backends.conf.j2"))
     (tmp_path / "mime.types").write_text("types { text/html html; }\n")
     configuration = tmp_path / "nginx.conf"
-    text = render(__gateway_keys_file=str(keys), __gateway_backends_file=str(backends))
-    text = text.replace("/etc/nginx/mime.types", str(tmp_path / "mime.types"))
+    text = render().replace("/etc/nginx/mime.types", str(tmp_path / "mime.types"))
     configuration.write_text(text)
     command = [str(Path(sys.executable).parent / "gixy"), "--skips=try_files_is_evil_too", str(configuration)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

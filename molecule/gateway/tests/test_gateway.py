@@ -35,14 +35,13 @@ POSTS = [path for path in model_kinds.open_paths() if path != model_kinds.MODELS
 # What vLLM answers without a key, or must never be asked from outside: docs.vllm.ai/en/latest/usage/security, and the routes that
 # vLLM 0.32 and 0.33 list in their log.
 FORBIDDEN = [
-    "/invocations", "/tokenize", "/detokenize", "/metrics", "/version", "/load", "/ping", "/health", "/docs",
+    "/invocations", "/tokenize", "/detokenize", "/metrics", "/version", "/load", "/ping", "/docs",
     "/redoc", "/openapi.json", "/kv_event_sources", "/scale_elastic_ep", "/is_scaling_elastic_ep",
     "/generative_scoring", "/pooling", "/score", "/rerank", "/v2/rerank", "/v2/embed", "/v1/messages", "/v1/realtime",
     "/pause", "/resume", "/sleep", "/wake_up", "/reset_prefix_cache", "/server_info", "/collective_rpc",
     "/update_weights", "/init_weight_transfer_engine", "/abort_requests", "/start_profile", "/tokenizer_info",
     "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/chat/completions/render", "/inference/v1/generate",
-    "/cohere/v2/embed", "/v1/responses/resp_1", "/v1/models/fake", "/v1/audio", "/v1", "/v1/", "/",
-    "/v1/models/", "/.git/config",
+    "/cohere/v2/embed", "/v1/responses/resp_1", "/v1/audio", "/v1", "/v1/", "/", "/.git/config",
 ]  # fmt: skip
 # Written by a client so that the match and what vLLM sees might differ.
 SMUGGLED = [
@@ -113,7 +112,7 @@ class Gateway:
         connection = http.client.HTTPConnection(self.address)
         connection.sock = self.connect()
         method = method or ("POST" if path in POSTS else "GET")
-        data = body if isinstance(body, bytes) else json.dumps(body or {}).encode()
+        data = body if isinstance(body, bytes) else json.dumps({"model": "fake", **(body or {})}).encode()
         everything = {"Host": "llm.test", **({"Authorization": f"Bearer {key}"} if key else {}), **(headers or {})}
         if method == "POST":
             everything["Content-Length"] = str(len(data))
@@ -135,7 +134,12 @@ class Gateway:
 def commanded(answers: str, seconds: float = 0.02) -> dict[str, Any]:
     """The body of a chat of one token that the stand-in is to answer like this, with so many seconds for a token."""
     messages = [{"role": "user", "content": "Hi"}]
-    return {"messages": messages, "max_tokens": 1, "stand_in": {"answers": answers, "seconds_per_token": seconds}}
+    return {
+        "model": "fake",
+        "messages": messages,
+        "max_tokens": 1,
+        "stand_in": {"answers": answers, "seconds_per_token": seconds},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +155,6 @@ def both_up(host: Host) -> Iterator[None]:
     host.check_output(
         "timeout 60 sh -c 'for i in 1 2; do until curl -sf http://10.99.0.$i:8000/health; do sleep 0.1; done; done'"
     )
-    host.check_output(
-        "systemctl restart nginx"
-    )  # forget who failed; a reload would be over before its workers are there
 
 
 # --- who is let in
@@ -166,14 +167,17 @@ def test_a_key_is_let_in_and_the_internal_key_goes_on(gateway: Gateway) -> None:
     assert TEAM_A not in answer.text
 
 
-def test_a_client_may_have_a_name_that_means_something_to_nginx(gateway: Gateway) -> None:
-    assert gateway.ask(CHAT, key=DEFAULT).status == 200
+@pytest.mark.parametrize("headers", [{"Authorization": f"bearer {TEAM_A}"}, {"x-api-key": TEAM_A}, {"api-key": TEAM_A}])
+def test_it_may_come_as_other_libraries_send_it(gateway: Gateway, headers: dict[str, str]) -> None:
+    answer = gateway.ask(CHAT, key=None, headers=headers)
+    assert answer.status == 200
+    assert TEAM_A not in answer.text
 
 
 @pytest.mark.parametrize(
     "authorization",
     [
-        None, "", f"Bearer {TEAM_A.upper()}", f"bearer {TEAM_A}", f"BEARER {TEAM_A}", f"Basic {TEAM_A}", TEAM_A,
+        None, "", f"Bearer {TEAM_A.upper()}", f"Basic {TEAM_A}", TEAM_A,
         f"Bearer {TEAM_A}x", f"Bearer {TEAM_A[:-1]}", f"Bearer  {TEAM_A}", f"Bearer {TEAM_A},", f"Bearer {INTERNAL}",
         "Bearer", "Bearer .*", f"Bearer x {TEAM_A}",
     ],
@@ -194,7 +198,7 @@ def test_two_keys_are_no_key(gateway: Gateway) -> None:
 # --- what is let through
 
 
-@pytest.mark.parametrize("path", [*POSTS, "/v1/models"])
+@pytest.mark.parametrize("path", POSTS)
 def test_the_api_is_let_through(gateway: Gateway, path: str) -> None:
     answer = gateway.ask(path)
     assert (answer.status, answer.json["path"]) == (200, path)
@@ -212,7 +216,7 @@ def test_nothing_else_is(gateway: Gateway, path: str) -> None:
 def test_the_backend_never_sees_a_path_of_the_clients(gateway: Gateway, path: str) -> None:
     answer = gateway.ask(path)
     if answer.status == 200:
-        assert answer.json["path"] == "/v1/models"
+        assert answer.json["object"] == "list"  # what the gateway itself says
     else:
         assert answer.status in (400, 404)
 
@@ -223,7 +227,7 @@ def test_a_query_is_dropped(gateway: Gateway) -> None:
 
 @pytest.mark.parametrize(("path", "method", "allowed"), [
     (CHAT, "GET", "POST"), (CHAT, "PUT", "POST"), (CHAT, "DELETE", "POST"), (CHAT, "OPTIONS", "POST"),
-    ("/v1/models", "POST", "GET"), ("/v1/models", "DELETE", "GET"), ("/v1/models", "PATCH", "GET"),
+    ("/v1/models", "POST", "GET, HEAD"), ("/v1/models", "DELETE", "GET, HEAD"), ("/v1/models", "PATCH", "GET, HEAD"),
 ])  # fmt: skip
 def test_a_wrong_method_is_told_the_right_one(gateway: Gateway, path: str, method: str, allowed: str) -> None:
     answer = gateway.ask(path, method=method)
@@ -251,10 +255,11 @@ def test_what_a_client_says_about_itself_stays_outside(gateway: Gateway) -> None
 
 
 def test_a_body_that_is_too_large(gateway: Gateway) -> None:
-    answer = gateway.ask(CHAT, body=b"x" * (1024 * 1024 + 1))
+    most = b'{"model":"fake"' + b" " * (1024 * 1024 - 16) + b"}"
+    answer = gateway.ask(CHAT, body=most + b" ")
     assert answer.status == 413
     assert answer.error["code"] == "request_too_large"
-    assert gateway.ask(CHAT, body=b"x" * (1024 * 1024)).json["size"] == 1024 * 1024
+    assert gateway.ask(CHAT, body=most).json["size"] == 1024 * 1024
 
 
 @pytest.mark.parametrize(
@@ -272,13 +277,20 @@ def test_malformed_requests_get_json(gateway: Gateway, request_line: bytes, stat
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
-def test_an_error_of_vllm_is_passed_on_as_it_is(gateway: Gateway) -> None:
-    answer = gateway.ask(CHAT, body=commanded("503"))
-    assert answer.status == 503
+def test_what_vllm_says_of_a_bad_question_is_passed_on(gateway: Gateway) -> None:
+    answer = gateway.ask(CHAT, body=commanded("400"))
+    assert answer.status == 400
     assert answer.json["error"]["type"] == "from_vllm"
 
 
-def test_a_backend_that_breaks_off_is_502_and_the_prompt_runs_once(gateway: Gateway) -> None:
+def test_where_all_backends_are_full_the_client_is_told_when_to_try_again(gateway: Gateway) -> None:
+    answer = gateway.ask(CHAT, body=commanded("503"))
+    assert answer.status == 503
+    assert answer.error["code"] == "unavailable"
+    assert int(answer.headers["retry-after"]) > 0
+
+
+def test_backends_that_break_off_are_502(gateway: Gateway) -> None:
     answer = gateway.ask(CHAT, body=commanded("drop"))
     assert answer.status == 502
     assert answer.error["code"] == "bad_gateway"
@@ -294,7 +306,8 @@ def test_a_backend_that_hangs_is_504(gateway: Gateway) -> None:
 
 
 def test_both_backends_are_used(gateway: Gateway) -> None:
-    assert {gateway.ask(CHAT).json["backend"] for _ in range(8)} == {"1", "2"}
+    time.sleep(10)  # so long the failures of the tests before count as load
+    assert {gateway.ask(CHAT).json["backend"] for _ in range(16)} == {"1", "2"}
 
 
 @pytest.mark.usefixtures("both_up")
@@ -389,7 +402,7 @@ def test_http_is_sent_to_https(gateway: Gateway) -> None:
 
 def test_another_name_gets_no_answer(gateway: Gateway) -> None:
     with pytest.raises(ConnectionError):
-        gateway.ask("/healthz", headers={"Host": "evil.test"})
+        gateway.ask("/v1/models", headers={"Host": "evil.test"})
     connection = http.client.HTTPConnection(gateway.address, timeout=5)
     connection.request("GET", "/", headers={"Host": "evil.test"})
     with pytest.raises(ConnectionError):
@@ -429,6 +442,7 @@ def test_the_log_says_who_and_never_the_key(gateway: Gateway, host: Host) -> Non
     ]
     entry = next(line for line in lines if line["request_id"] == request_id)
     assert (entry["client"], entry["uri"], entry["status"], entry["method"]) == ("team-a", CHAT, "200", "POST")
+    assert (entry["model"], entry["route"], entry["backend"].partition("@")[0]) == ("fake", "chat", "chat")
     assert entry["upstream_addr"] in ("10.99.0.1:8000", "10.99.0.2:8000")
     assert float(entry["time_to_first_byte"]) >= 0
     for secret in (TEAM_A, SLOW, INTERNAL):
@@ -438,13 +452,15 @@ def test_the_log_says_who_and_never_the_key(gateway: Gateway, host: Host) -> Non
     assert "secret-argument" not in host.file("/var/log/nginx/access.log").content_string
 
 
-def test_the_keys_are_in_one_file_that_only_root_reads(host: Host) -> None:
-    files = host.check_output("ls /etc/nginx/keys").split()
-    assert len(files) == 1
-    file = host.file(f"/etc/nginx/keys/{files[0]}")
-    assert (file.user, file.mode) == ("root", 0o600)
-    assert host.file("/etc/nginx/keys").mode == 0o700
-    assert host.run(f"grep -rl {TEAM_A} /etc").stdout.split() == [file.path]
+def test_no_key_of_a_client_is_on_the_host_and_the_internal_one_only_for_root(host: Host) -> None:
+    for name in ("internal_key", "fleet.json"):
+        file = host.file(f"/etc/vllm-gateway/{name}")
+        assert (file.user, file.mode) == ("root", 0o600)
+    assert host.run(f"grep -rl {TEAM_A} /etc /usr/local /run/vllm-gateway").stdout == ""
+    assert host.run(f"grep -rl {INTERNAL} /etc /usr/local /run/vllm-gateway").stdout.split() == [
+        "/etc/vllm-gateway/internal_key"
+    ]
+    assert host.run("runuser -u nobody -- ls /run/vllm-gateway").rc != 0
 
 
 # --- changes
@@ -470,21 +486,18 @@ def test_a_new_key_replaces_the_old_one_everywhere(gateway: Gateway, host: Host)
         assert TEAM_A not in told
         assert gateway.ask(CHAT, key=new).status == 200
         assert gateway.ask(CHAT, key=TEAM_A).status == 401
-        assert len(host.check_output("ls /etc/nginx/keys").split()) == 1
-        assert host.run(f"grep -r {TEAM_A} /etc/nginx").rc == 1
     finally:
         applied(host, "gateway")
     assert gateway.ask(CHAT, key=TEAM_A).status == 200
     assert host.check_output("systemctl show --property=MainPID nginx") == pid
 
 
-UPPER = {"name": "x", "key": "TOP-SECRET-UPPER-CASE-KEY-0123456789", "requests_per_minute": 1, "concurrent_requests": 1}
+SHORT = {"name": "x", "key": "TOP-SECRET", "requests_per_minute": 1, "concurrent_requests": 1}
 BAD_INPUT = [
-    ("gateway_routes", [{"model": "a", "instance": "chat"}] * 2, "Routing by model comes with a later release"),
     ("gateway_routes", [{"model": "a", "instance": "nowhere"}], "no host of the group gateway_backends has it"),
     ("gateway_internal_key", "short-secret", "gateway_internal_key (default: vllm_internal_key)"),
     ("gateway_tls_certificate_file", "/nowhere.pem", "/nowhere.pem (gateway_tls_certificate_file) is not on"),
-    ("gateway_clients", [UPPER], "the key of x is not"),
+    ("gateway_clients", [SHORT], "the key of x"),
 ]
 
 

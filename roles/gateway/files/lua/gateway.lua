@@ -5,15 +5,12 @@ local balancer = require "ngx.balancer"
 local cjson = require "cjson.safe"
 local fleet = require "fleet"
 local limit = require "limit"
-local scan = require "scan"
-local form = require "form"
+local question = require "question"
 local state = require "state"
 
 local gateway = {}
 
 local MODELS = "/v1/models"
--- How much of a long body is handled before other requests get their turn.
-local SLICE = 1024 * 1024
 -- Seconds after which a client may try again when no backend was there, or all were full.
 local RETRY_AFTER = 2
 -- The status of what is no HTTP. Nginx takes it for an answer of HTTP 0.9 and would send it on without a header; there is no way back from there.
@@ -30,11 +27,6 @@ local function current()
         context.request = running[ngx.var.request_id]
     end
     return context.request
-end
-
--- A turn for the others.
-local function pause()
-    ngx.sleep(0)
 end
 
 -- init_by_lua: `told` names the files, and what of nginx.conf the program has to know.
@@ -115,18 +107,6 @@ local function enter(request)
     request.entered = ngx.now()
 end
 
-local function list_models(request)
-    local name = request.path:sub(#MODELS + 2):gsub("/$", "")
-    if name == "" then
-        return answer.models(fleet.models_of(request.client), fleet.loaded)
-    end
-    local route = fleet.routes_of(request.client, name)[1]
-    if not route then
-        return gateway.refuse_model(request, name)
-    end
-    return answer.model(route.model, fleet.loaded)
-end
-
 -- A name as it can be said again: not too long, and UTF-8, which is all that JSON can hold.
 local function said_again(name)
     if #name > 200 then
@@ -137,7 +117,7 @@ local function said_again(name)
 end
 
 -- Whether a model is not there or not for this client is the same to it.
-function gateway.refuse_model(request, name)
+local function refuse_model(request, name)
     return answer.refuse(request, 404, {
         code = "model_not_found",
         param = "model",
@@ -145,68 +125,31 @@ function gateway.refuse_model(request, name)
     })
 end
 
-local function body_of()
-    ngx.req.read_body()
-    local text = ngx.req.get_body_data()
-    if text then
-        return text
+local function list_models(request)
+    local name = request.path:sub(#MODELS + 2):gsub("/$", "")
+    if name == "" then
+        return answer.models(fleet.models_of(request.client), fleet.loaded)
     end
-    local name = ngx.req.get_body_file()
-    if not name then
-        return ""
+    local route = fleet.routes_of(request.client, name)[1]
+    if not route then
+        return refuse_model(request, name)
     end
-    local file = assert(io.open(name, "rb"))
-    local parts = {}
-    for part in function() return file:read(SLICE) end do
-        table.insert(parts, part)
-        pause()
-    end
-    file:close()
-    return table.concat(parts)
+    return answer.model(route.model, fleet.loaded)
 end
 
--- JSON: the model that is asked for, and the body as vLLM may see it.
-local function read_json(request, text)
-    local fields, why = scan.scan(text, { model = true, priority = true }, pause)
-    if not fields then
-        return answer.refuse(request, 400, { code = "invalid_json", message = "The body is not a JSON object: " .. why })
+local function read(request)
+    local asked, problem = question.read()
+    if not asked then
+        return answer.refuse(request, 400, problem)
     end
-    -- would let a client overtake the others
-    while fields.priority do
-        text = scan.without(text, fields.priority)
-        fields = scan.scan(text, { model = true, priority = true }, pause)
-        request.changed = true
-    end
-    request.text, request.model_at = text, fields.model
-    if fields.model and fields.model.type == "string" then
-        request.asked_for = scan.string(text, fields.model)
-    end
-end
-
-local function read_form(request, text, content_type)
-    request.text, request.model_at = text, form.field(text, content_type, "model")
-    request.asked_for = request.model_at and text:sub(request.model_at.from, request.model_at.to)
-end
-
-local function read_body(request)
-    local text = body_of()
-    local content_type = ngx.var.http_content_type or ""
-    if content_type:lower():find("multipart/form-data", 1, true) == 1 then
-        read_form(request, text, content_type)
-    else
-        read_json(request, text)
-    end
-    if not request.asked_for then
-        return answer.refuse(request, 400, {
-            code = "missing_required_parameter", param = "model", message = "The body has no `model` that is a string.",
-        })
-    end
+    request.asked = asked
 end
 
 local function find_routes(request)
-    local routes = fleet.routes_of(request.client, request.asked_for)
+    local name = request.asked.model
+    local routes = fleet.routes_of(request.client, name)
     if #routes == 0 then
-        return gateway.refuse_model(request, request.asked_for)
+        return refuse_model(request, name)
     end
     request.routes = {}
     for _, route in ipairs(routes) do
@@ -217,21 +160,6 @@ local function find_routes(request)
     if #request.routes == 0 then
         return answer.refuse(request, 404, { message = "The model is not served at this path.", code = "not_served", param = "model" })
     end
-end
-
--- vLLM knows the model by one name only.
-local function put_name(request)
-    local name = request.routes[1].model
-    if request.asked_for ~= name then
-        local at = request.model_at
-        local written = at.type == "string" and cjson.encode(name) or name
-        request.text = scan.splice(request.text, { { from = at.from, to = at.to, text = written } })
-        request.changed = true
-    end
-    if request.changed then
-        ngx.req.set_body_data(request.text)
-    end
-    request.text = nil
 end
 
 local function pick(request, avoided)
@@ -252,9 +180,11 @@ function gateway.route()
         return list_models(request)
     end
     enter(request)
-    read_body(request)
+    read(request)
     find_routes(request)
-    put_name(request)
+    question.put(request.asked, request.routes[1].model)
+    -- the text is Nginx's now
+    request.asked = nil
     if not pick(request) then
         return answer.refuse(request, 503, { retry_after = RETRY_AFTER })
     end

@@ -17,8 +17,10 @@
 -- lies there. An answer may use more than was left; then the next one waits until that has flowed back.
 local limit = {}
 
--- Rounding must not turn down the last of a burst.
-local ROUNDING = 1e-6
+-- Times are kept from here on: those since 1970 leave too few digits for many small additions. What is still lost to rounding must not turn down
+-- the last of a burst; this part of a request is forgiven.
+local BEGINNING = 1767225600
+local FORGIVEN = 0.01
 -- How much the last request's duration weighs in the average.
 local WEIGHT = 0.1
 -- A worker holds a lock for microseconds; one that dies in them keeps it so long.
@@ -32,7 +34,7 @@ local GONE = 0
 local function locked(dict, key, change, ...)
     local lock = "lock:" .. key
     local tries = 0
-    while false and tries < LOCK_TRIES do
+    while not dict:add(lock, true, LOCK_SECONDS) and tries < LOCK_TRIES do
         tries = tries + 1
     end
     local first, second, third = change(dict, key, ...)
@@ -51,7 +53,7 @@ end
 
 local function take(dict, key, cost, size, now)
     local time = full_at(dict, key, now) + cost
-    if time > now + size + ROUNDING then
+    if time > now + size + cost * FORGIVEN then
         return false, time - now - size
     end
     put(dict, key, time, now)
@@ -66,13 +68,14 @@ function limit.rate(dict, name, per_minute, burst, now)
     if not per_minute then
         return true
     end
+    now = now - BEGINNING
     local each = 60 / per_minute
     local size = each * math.max(burst or 1, 1)
     local within, time = locked(dict, "rate:" .. name, take, each, size, now)
     if not within then
         return false, time
     end
-    return true, math.floor((now + size - time + ROUNDING) / each), time - now
+    return true, math.floor((now + size - time) / each + FORGIVEN), time - now
 end
 
 -- Requests at a time.
@@ -196,11 +199,11 @@ end
 
 -- A minute's tokens are a bucket of 60 seconds.
 local function of_minute(dict, name, per_minute, now)
-    local ahead = full_at(dict, "minute:" .. name, now) - now
+    local ahead = full_at(dict, "minute:" .. name, now - BEGINNING) - (now - BEGINNING)
     if ahead >= 60 then
         return false, ahead - 60 + 60 / per_minute, "minute"
     end
-    return true, math.floor((60 - ahead) / 60 * per_minute + ROUNDING), ahead
+    return true, math.floor((60 - ahead) / 60 * per_minute + FORGIVEN), ahead
 end
 
 function limit.tokens(dict, name, limits, now)
@@ -220,7 +223,7 @@ function limit.charge(dict, name, limits, count, now)
         return
     end
     if limits.tokens_per_minute then
-        locked(dict, "minute:" .. name, pour_out, count * 60 / limits.tokens_per_minute, now)
+        locked(dict, "minute:" .. name, pour_out, count * 60 / limits.tokens_per_minute, now - BEGINNING)
     end
     dict:incr(day_key(name, now), count, 0, until_tomorrow(now) + 1)
     dict:incr(month_key(name, now), count, 0, until_next_month(now) + 1)
@@ -233,7 +236,7 @@ end
 -- What clients are told.
 
 function limit.duration(seconds)
-    local milliseconds = math.max(math.ceil(seconds * 1000 - ROUNDING), 0)
+    local milliseconds = math.max(math.ceil(seconds * 1000 - FORGIVEN), 0)
     if milliseconds < 1000 then
         return milliseconds .. "ms"
     end

@@ -16,12 +16,17 @@ class Metrics:
     def __init__(self, model: str) -> None:
         self.model = model
         self.counted: Counter[str] = Counter()
+        # As the engine told them after its last step: one that hangs takes none, whoever comes and goes.
+        self.running = self.waiting = 0
+        self.kv = 0.0
 
-    def text(self, running: int) -> str:
+    def text(self) -> str:
         """The answer for /metrics."""
         values: dict[str, float] = {
-            "vllm:num_requests_running": running,
-            "vllm:num_requests_waiting": 0,
+            "vllm:num_requests_running": self.running,
+            "vllm:num_requests_waiting": self.waiting,
+            "vllm:kv_cache_usage_perc": self.kv,
+            "vllm:iteration_tokens_total_count": self.counted["iterations"],
             "vllm:prompt_tokens_total": self.counted["prompt"],
             "vllm:generation_tokens_total": self.counted["generated"],
             'vllm:request_success_total{finished_reason="length"}': self.counted["requests"],

@@ -72,6 +72,9 @@ class Server:
         self.metrics = Metrics(served.names[0])
         self.routes = {**ROUTES, **dict.fromkeys(kinds.ROUTES[served.kind], "POST")}
         self.running = 0
+        # Who waits for the prompt of another, and whose prompt is computed.
+        self.waiting = 0
+        self.prefilling = asyncio.Lock()
         self.draining = False
         self.gave_up = False  # longer than the time for running requests: no token follows, and nobody is told
         self.idle = asyncio.Event()
@@ -80,6 +83,8 @@ class Server:
     async def token(self, settings: Settings, moment: float) -> None:
         """Wait until the moment when a token is there. Raises EngineDeadError when none can come any more."""
         left = moment - asyncio.get_running_loop().time()
+        if settings.answers != "hang":
+            self.step()
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.engine_died.wait(), max(left, 0.0001))
         if self.engine_died.is_set():
@@ -87,6 +92,23 @@ class Server:
         if settings.answers == "hang" or self.gave_up:
             await self.engine_died.wait()
             raise EngineDeadError
+        self.metrics.counted["iterations"] += 1
+
+    def step(self) -> None:
+        """What the engine tells after a step."""
+        self.metrics.running, self.metrics.waiting = self.running - self.waiting, self.waiting
+
+    async def prefill(self, settings: Settings) -> None:
+        """Compute a prompt, in chunks as vLLM does: while it is a long one, nobody else's turn comes, and no step makes a token."""
+        self.waiting += 1
+        async with self.prefilling:
+            self.waiting -= 1
+            chunks = 64 if settings.prefill_seconds and settings.answers != "hang" else 0
+            for chunk in range(chunks):
+                self.step()
+                self.metrics.kv = (chunk + 1) / chunks
+                await asyncio.sleep(settings.prefill_seconds / chunks)
+            self.metrics.kv = 0.0
 
     async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer the requests of a connection one after the other."""
@@ -131,6 +153,8 @@ class Server:
             finally:
                 self.running -= 1
                 self.idle.set()
+            if response is None or response.status == 200:
+                self.step()
             if response is None:
                 return 200
         else:
@@ -151,7 +175,9 @@ class Server:
         if settings.answers != "echo":
             return None
         told = {"backend": settings.version, "method": request.method, "path": request.path, "headers": request.headers}
-        return Response.of(200, {**told, "size": len(request.body)})
+        # also what a check takes for an answer
+        content = {"choices": [{"text": "Hi", "message": {"content": "Hi"}}]}
+        return Response.of(200, {**told, "size": len(request.body), **content})
 
     def look(self, path: str) -> Response:
         """What needs no engine."""
@@ -160,14 +186,13 @@ class Server:
         if path == "/version":
             return Response.of(200, {"version": Settings.current().version or __version__})
         if path == "/metrics":
-            return Response(200, self.metrics.text(self.running).encode(), "text/plain; version=0.0.4; charset=utf-8")
+            return Response(200, self.metrics.text().encode(), "text/plain; version=0.0.4; charset=utf-8")
         return Response.of(200, api.models(self.served))
 
     async def generate(
         self, path: str, request: Request, writer: asyncio.StreamWriter, headers: dict[str, str]
     ) -> Response | None:
         """What needs the engine; None when the answer was streamed."""
-        begun = asyncio.get_running_loop().time()
         try:
             body = kinds.form(request) if "/audio/" in path else request.json()
             settings = Settings.current(body)
@@ -178,6 +203,8 @@ class Server:
                 return api.STOPPING
             if misbehaved := self.misbehave(settings):
                 return misbehaved
+            await self.prefill(settings)
+            begun = asyncio.get_running_loop().time()
             if self.served.kind != "generate":
                 answer = kinds.answer(path, model, body, self.served)
                 await self.token(settings, begun + settings.seconds_per_token)
@@ -191,7 +218,8 @@ class Server:
         if completion.streams:
             await self.stream(completion, settings, Stream(writer, headers))
             return None
-        await self.token(settings, begun + settings.seconds_per_token * completion.tokens)
+        for number in range(completion.tokens):
+            await self.token(settings, begun + settings.seconds_per_token * (number + 1))
         self.count(completion.tokens)
         return Response.of(200, completion.whole())
 

@@ -27,6 +27,7 @@ class Settings:
     start_error: str = ""  # it does not start, and says this
     dies_after: float = 0.0  # seconds after it listens its engine is killed; 0 is never
     seconds_per_token: float = 0.02
+    prefill_seconds: float = 0.0  # it computes a prompt for so long, in chunks: who comes later waits, and of its metrics only the KV cache moves
     # right | wrong (200 without content) | hang (200 on /health, never a token) | drop (closes) | STATUS (an error) | echo (any path: what came)
     answers: str = "right"
     version: str = ""  # what it calls itself instead of its own version

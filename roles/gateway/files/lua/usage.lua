@@ -1,0 +1,288 @@
+-- How many tokens a request used, by what its answer says. Bytes pass as they come; what is looked at is where the answer ends, and little of it.
+--
+--   of_json(text)        of a whole answer: {prompt, cached, completion, seconds}, each nil where the answer does not tell it; or nil when none is.
+--                        prompt has the cached ones in it; seconds are those of a sound
+--   answer()             the same for an answer that comes in chunks: feed(chunk) each, then result()
+--   stream(ours)         for a stream of events. chunk = feed(chunk, last): what may go on to the client. With `ours`, the gateway has asked for the
+--                        usage and the client has not: the event that tells nothing else is taken out. result(prompt): as above; where the stream
+--                        ended early, `estimated` is true, completion is the number of its events and prompt what the caller guesses
+--   ask(text, fields)    what stream_options has to be in a body so that its stream tells the usage; nil when the client asks for it itself, or wants
+--                        no stream. `fields` are those that scan found: stream and stream_options
+local ffi = require "ffi"
+local scan = require "scan"
+
+local find, match, sub = string.find, string.match, string.sub
+
+local usage = {}
+
+-- More than any account has; something else that has the name is let go.
+local LONGEST = 65536
+
+-- What an account says.
+
+local function number(text, name)
+    return tonumber(match(text, '"' .. name .. '"%s*:%s*(%d+%.?%d*)'))
+end
+
+-- OpenAI's account has everything in its prompt; Anthropic's has apart what was in the cache, or went there.
+local function numbers(text)
+    local read = number(text, "cache_read_input_tokens")
+    local prompt = number(text, "prompt_tokens") or number(text, "input_tokens")
+    return {
+        prompt = prompt and prompt + (read or 0) + (number(text, "cache_creation_input_tokens") or 0),
+        cached = read or number(text, "cached_tokens"),
+        completion = number(text, "completion_tokens") or number(text, "output_tokens"),
+        seconds = number(text, "seconds"),
+    }
+end
+
+-- Answers: follows the nesting of a JSON text, to find the account where it belongs and not in what a client or a model wrote.
+
+local QUOTE, BACKSLASH, OPEN, CLOSE, OPEN_LIST, CLOSE_LIST = 0x22, 0x5c, 0x7b, 0x7d, 0x5b, 0x5d
+local mark = ffi.new("uint8_t[256]")
+for _, byte in ipairs { QUOTE, OPEN, CLOSE, OPEN_LIST, CLOSE_LIST } do
+    mark[byte] = 1
+end
+-- Where it may be: at the top, in what an event is about, and in the meta of Cohere's answers.
+local ACCOUNTS = { ["usage"] = true, ["meta"] = true, ["response usage"] = true, ["message usage"] = true }
+
+local Answer = {}
+Answer.__index = Answer
+
+function usage.answer()
+    return setmetatable({ depth = 0, name = "", within = "", backslashes = 0 }, Answer)
+end
+
+local function next_mark(bytes, i, size)
+    while i < size and mark[bytes[i]] == 0 do
+        i = i + 1
+    end
+    return i
+end
+
+-- Whether the byte at `at` is escaped: an odd number of backslashes before it, those of the last chunk included.
+local function escaped(self, chunk, at)
+    local count = 0
+    while at - count > 1 and chunk:byte(at - count - 1) == BACKSLASH do
+        count = count + 1
+    end
+    if at - count == 1 then
+        count = count + self.backslashes
+    end
+    return count % 2 == 1
+end
+
+-- Goes on in a string from position `at` of the chunk (1 is the first); the position behind its part here.
+local function string_part(self, chunk, at)
+    local quote = at
+    repeat
+        quote = find(chunk, '"', quote, true)
+        local inside = quote and escaped(self, chunk, quote)
+        quote = inside and quote + 1 or quote
+    until not inside
+    if self.depth <= 2 and #self.name < 32 then
+        self.name = self.name .. sub(chunk, at, math.min(quote and quote - 1 or #chunk, at + 32))
+    end
+    self.in_string = quote == nil
+    return quote and quote + 1 or #chunk + 1
+end
+
+-- An object or a list begins. Its name is the last string before it.
+local function open(self, byte, at)
+    self.depth = self.depth + 1
+    local path = self.depth == 2 and self.name or self.depth == 3 and self.within .. " " .. self.name
+    if self.depth == 2 then
+        self.within = self.name
+    end
+    if byte == OPEN and path and ACCOUNTS[path] and not self.pieces then
+        self.pieces, self.from, self.length, self.bottom = {}, at, 0, self.depth
+    end
+    self.name = ""
+end
+
+local function keep(self, chunk, to)
+    self.pieces[#self.pieces + 1] = sub(chunk, self.from, to)
+    self.length = self.length + to - self.from + 1
+    self.from = 1
+    if self.length > LONGEST then
+        self.pieces = nil
+    end
+end
+
+local function close(self, chunk, at)
+    if self.pieces and self.depth == self.bottom then
+        keep(self, chunk, at)
+        self.found = self.pieces and numbers(table.concat(self.pieces)) or self.found
+        self.pieces = nil
+    end
+    self.depth = self.depth - 1
+end
+
+local function trailing_backslashes(self, chunk)
+    local count = 0
+    while count < #chunk and chunk:byte(#chunk - count) == BACKSLASH do
+        count = count + 1
+    end
+    return count == #chunk and count + self.backslashes or count
+end
+
+function Answer:feed(chunk)
+    local bytes, size, i = ffi.cast("const uint8_t *", chunk), #chunk, 0
+    while i < size do
+        if self.in_string then
+            i = string_part(self, chunk, i + 1) - 1
+        else
+            i = next_mark(bytes, i, size)
+            local byte = i < size and bytes[i] or nil
+            i = i + 1
+            if byte == QUOTE then
+                self.in_string, self.name = true, ""
+                self.backslashes = 0
+            elseif byte == OPEN or byte == OPEN_LIST then
+                open(self, byte, i)
+            elseif byte then
+                close(self, chunk, i)
+            end
+        end
+    end
+    if self.pieces then
+        keep(self, chunk, size)
+    end
+    self.backslashes = self.in_string and trailing_backslashes(self, chunk) or 0
+end
+
+function Answer:result()
+    return self.found
+end
+
+function usage.of_json(text)
+    local answer = usage.answer()
+    answer:feed(text)
+    return answer:result()
+end
+
+-- Streams.
+
+local Stream = {}
+Stream.__index = Stream
+
+function usage.stream(ours)
+    return setmetatable({ ours = ours, pieces = {}, edge = "", tokens = 0, found = {} }, Stream)
+end
+
+-- The last byte of the blank line that ends an event.
+local function event_end(text, from)
+    local short, long = find(text, "\n\n", from, true), find(text, "\n\r\n", from, true)
+    if short and (not long or short < long) then
+        return short + 1
+    end
+    return long and long + 2
+end
+
+-- Takes up what an event says of the usage. Returns whether it says nothing else.
+local function account(self, event)
+    local answer = usage.answer()
+    answer:feed(event)
+    local told = answer:result()
+    if not told then
+        return false
+    end
+    for name, value in pairs(told) do
+        self.found[name] = value
+    end
+    local alone = find(event, '"choices"%s*:%s*%[%s*%]') ~= nil
+    self.ended = self.ended or alone or find(event, '"type"%s*:%s*"response%.') ~= nil or find(event, '"type"%s*:%s*"message_delta"') ~= nil
+    return alone
+end
+
+-- Looks at an event. Returns whether it is one that only the gateway wanted.
+local function note(self, event)
+    if find(event, '"delta"', 1, true) or find(event, '"text_completion"', 1, true) then
+        self.tokens = self.tokens + 1
+    end
+    return find(event, '"usage"', 1, true) and account(self, event) and self.ours
+end
+
+-- The events of a text without those that only the gateway wanted, and what is left of an event at its end. `at` is where to look for its first end.
+local function events(self, text, at)
+    local kept, from, begin = {}, 1, 1
+    local stop = event_end(text, at)
+    while stop do
+        if note(self, sub(text, begin, stop)) then
+            kept[#kept + 1] = sub(text, from, begin - 1)
+            from = stop + 1
+        end
+        begin = stop + 1
+        stop = event_end(text, begin)
+    end
+    kept[#kept + 1] = sub(text, from, begin - 1)
+    return table.concat(kept), sub(text, begin)
+end
+
+local function hold(self, text)
+    self.pieces[#self.pieces + 1] = text
+    self.edge = sub(self.edge .. text, -2)
+end
+
+local function held(self)
+    local text = table.concat(self.pieces)
+    self.pieces, self.edge = {}, ""
+    return text
+end
+
+-- What the chunk completes. An event is put together once, when its end has come, however many chunks it has.
+local function complete(self, chunk)
+    if #self.pieces == 0 then
+        return events(self, chunk, 1)
+    elseif not event_end(self.edge .. chunk, 1) then
+        return "", chunk
+    end
+    local before = held(self)
+    return events(self, before .. chunk, math.max(#before - 1, 1))
+end
+
+function Stream:feed(chunk, last)
+    local whole, rest = complete(self, chunk)
+    if rest ~= "" then
+        hold(self, rest)
+    end
+    if last then
+        local left = held(self)
+        whole = note(self, left) and whole or whole .. left
+    end
+    return self.ours and whole or chunk
+end
+
+function Stream:result(prompt)
+    local found = self.found
+    if self.ended then
+        return found
+    end
+    return {
+        prompt = found.prompt or self.tokens > 0 and prompt or 0, cached = found.cached,
+        completion = math.max(found.completion or 0, self.tokens), estimated = true,
+    }
+end
+
+-- Asking for it.
+
+function usage.ask(text, fields)
+    local options = fields.stream_options
+    if not fields.stream or fields.stream.type ~= "true" then
+        return nil
+    elseif not options or options.type == "null" then
+        return '{"include_usage":true}'
+    elseif options.type ~= "object" then
+        return nil
+    end
+    local inner = sub(text, options.from, options.to)
+    local asked, object = scan.scan(inner, { include_usage = true, continuous_usage_stats = true })
+    local already = asked.include_usage
+    if already and already.type ~= "false" and already.type ~= "null" then
+        return nil
+    end
+    -- on its own the second does nothing; with the first it would put an account into each event
+    return scan.edit(inner, asked, object, { include_usage = "true", continuous_usage_stats = false })
+end
+
+return usage

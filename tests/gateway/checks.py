@@ -1,0 +1,200 @@
+"""The checks of a gateway as a process, with the files of a gateway below a directory, and agents of hosts that say what a test wants.
+
+Times are a tenth of the real ones, by the program's own options.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tests.certificates import Authority
+from tests.stand_in.local import KEY
+
+ROOT = Path(__file__).resolve().parents[2]
+INTERVAL, RETRY, TIMEOUT = 0.5, 0.1, 2.0
+MODEL = "small"
+# Below the directory of a test; credentials as systemd gives them.
+FILES = {
+    "fleet": "fleet.json", "state": "run/state.json", "memory": "memory", "admin": "run/admin.sock",
+    "credentials": "credentials", "certificate": "cert.pem",
+}  # fmt: skip
+
+
+class AgentHandler(http.server.BaseHTTPRequestHandler):
+    """The agent of a host."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        """POST /state, on a connection that is kept."""
+        agent: Agent = self.server.agent  # type: ignore[attr-defined]
+        told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/state"
+        subject = dict(pair[0] for pair in self.connection.getpeercert()["subject"])
+        assert subject["commonName"] == told["gateway"] == "gw-1"
+        agent.told.append(told)
+        agent.connections.add(self.client_address[1])
+        text = json.dumps({"host": "a", "instances": agent.instances}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_arguments: object) -> None:
+        """Quiet."""
+
+
+@dataclass
+class Agent:
+    """What an agent says, and was told."""
+
+    instances: dict[str, Any] = field(default_factory=dict)
+    told: list[dict[str, Any]] = field(default_factory=list)
+    connections: set[int] = field(default_factory=set)
+    port: int = 0
+    stop: Callable[[], None] = lambda: None
+
+    def says(self, instance: str, operator: str = "up", leaving: bool = False, **more: Any) -> None:
+        self.instances = {
+            **self.instances,
+            instance: {
+                "operator": operator, "by": "alice", "since": "", "reason": "", "leaving": leaving, "unit": "active", **more,
+            },
+        }  # fmt: skip
+
+
+def serve(agent: Agent, authority: Authority, directory: Path, port: int = 0) -> None:
+    """Have an agent listen."""
+    cert, key = authority.sign("a")
+    for name, text in (("agent.pem", cert + key), ("agent-ca.pem", authority.pem)):
+        (directory / name).write_text(text)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(directory / "agent-ca.pem"))
+    context.load_cert_chain(directory / "agent.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), AgentHandler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.agent = agent  # type: ignore[attr-defined]
+    server.daemon_threads = True
+    agent.port = server.server_port
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+
+    agent.stop = stop
+
+
+@dataclass
+class Checks:
+    """They, and the files that they read and write."""
+
+    directory: Path
+    authority: Authority
+    process: subprocess.Popen[str] | None = None
+    backends: dict[str, dict[str, Any]] = field(default_factory=dict)
+    options: dict[str, float] = field(default_factory=dict)
+    # Other places than those of FILES.
+    files: dict[str, str] = field(default_factory=dict)
+    key: str = KEY
+
+    def path(self, name: str) -> Path:
+        return self.directory / name
+
+    def has(self, name: str, url: str, agent: Agent | None = None) -> None:
+        """A backend, in fleet.json from the next configure() on."""
+        address = urlsplit(url)
+        instance, _, host = name.partition("@")
+        self.backends[name] = {
+            "instance": instance, "host": host, "address": address.hostname, "port": address.port,
+            "agent": f"127.0.0.1:{agent.port}" if agent else None,
+        }  # fmt: skip
+
+    def configure(self, least: int = 0, key: str = KEY) -> None:
+        """Write fleet.json, with one route to all backends."""
+        route = {"model": MODEL, "backends": list(self.backends), "min_available": least}
+        told = {
+            "internal_key_sha256": hashlib.sha256(key.encode()).hexdigest(), "gateway": "gw-1",
+            "backends": self.backends, "routes": [route],
+        }  # fmt: skip
+        partial = self.path("fleet.new")
+        partial.write_text(json.dumps(told))
+        partial.rename(self.path("fleet.json"))
+
+    def prepare(self, certificate: bool = True) -> None:
+        """Directories, and credentials as systemd gives them."""
+        for name in ("credentials", "run", "memory"):
+            self.path(name).mkdir(exist_ok=True)
+        (self.path("credentials") / "internal_key").write_text(f"{self.key}\n")
+        cert, key = self.authority.sign("gw-1") if certificate else ("none", "none")
+        for name, text in (("ca", self.authority.pem), ("cert", cert), ("key", key)):
+            (self.path("credentials") / f"fleet_{name}").write_text(text)
+        self.path("cert.pem").write_text(cert)
+
+    def start(self) -> None:
+        """Start the checks, and wait until they are ready, as systemd does."""
+        times = {"interval": INTERVAL, "retry": RETRY, "timeout": TIMEOUT, "agent-interval": 0.1, "alive": 0.5}
+        times |= self.options
+        options = [f"--{name}={value}" for name, value in times.items()]
+        options += [f"--{name}={self.path(file)}" for name, file in {**FILES, **self.files}.items()]
+        ready = self.path("notify")
+        ready.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, self.path("log").open("a") as log:
+            channel.bind(str(ready))
+            channel.settimeout(15)
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "roles/gateway/files/checks.py"), *options],
+                env={"PYTHONPATH": str(ROOT / ".collections"), "NOTIFY_SOCKET": str(ready)},
+                stdout=log, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+            assert channel.recv(100) == b"READY=1", self.log
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        if self.process:
+            self.process.send_signal(number)
+            self.process.wait(5)
+
+    @property
+    def log(self) -> str:
+        return self.path("log").read_text()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return dict(json.loads(self.path(self.files.get("state", FILES["state"])).read_text()))
+
+    def use(self, name: str) -> dict[str, Any]:
+        """What the state says of a backend."""
+        return dict(self.state["backends"][name])
+
+    def until(self, what: Callable[[], Any], seconds: float = 10) -> float:
+        """Wait until it is so. Returns how long that took."""
+        begun = time.monotonic()
+        while not what():
+            assert self.process and self.process.poll() is None, self.log
+            assert time.monotonic() - begun < seconds, f"{self.state}\n{self.log}"
+            time.sleep(0.01)
+        return time.monotonic() - begun
+
+    def used(self, name: str) -> bool:
+        return bool(self.use(name)["use"])
+
+    def stays(self, what: Callable[[], bool], seconds: float) -> None:
+        """It is so all the time."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert what(), f"{self.state}\n{self.log}"
+            time.sleep(0.02)
