@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LOOPBACK = "127.0.0.1"
+# Where the agent of a host listens, unless host_agent_port says otherwise.
+AGENT_PORT = 9440
 DNS_NAME = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)(\.(?!-)[a-z0-9-]{1,63}(?<!-))*")
 
 # What a user without rights may listen on.
@@ -143,6 +145,17 @@ def fleet_address(hostvars: HostVars, host: str) -> str:
 def bind_address(hostvars: HostVars, host: str, gateways: Sequence[str]) -> str:
     """The address that vLLM on this host listens on: loopback when the only gateway is the host itself."""
     return LOOPBACK if list(gateways) == [host] else fleet_address(hostvars, host)
+
+
+def agent_endpoint(hostvars: HostVars, host: str, gateways: Sequence[str]) -> str:
+    """Where the gateways ask the agent of a host: at its fleet_address, or by loopback where it needs none."""
+    port = int(hostvars[host].get("host_agent_port") or AGENT_PORT)
+    try:
+        return with_port(fleet_address(hostvars, host), port)
+    except FleetError:
+        if bind_address(hostvars, host, gateways) == LOOPBACK:
+            return with_port(LOOPBACK, port)
+        raise
 
 
 def port_problem(port: Any) -> str:
