@@ -2,6 +2,7 @@
 -- into the text.
 local cjson = require "cjson.safe"
 local form = require "form"
+local ring = require "ring"
 local scan = require "scan"
 
 local question = {}
@@ -9,7 +10,11 @@ local question = {}
 -- How much of a long body is read before other requests get their turn.
 local SLICE = 1024 * 1024
 
-local WANTED = { model = true, priority = true }
+local WANTED = {
+    model = true, priority = true, user = true, prompt_cache_key = true, messages = true, prompt = true, input = true,
+}
+
+local FORM = "multipart/form-data"
 
 -- A turn for the others. With 0 there would be none: stock Nginx serves all timers that are due before it looks at its connections again, and its
 -- clock stands still while it does.
@@ -56,7 +61,7 @@ function question.read()
     local text = read_text()
     local content_type = ngx.var.http_content_type or ""
     local asked, problem
-    if content_type:lower():find("^multipart/form%-data") then
+    if content_type:sub(1, #FORM):lower() == FORM then
         asked, problem = of_form(text, content_type)
     else
         asked, problem = of_json(text)
@@ -67,8 +72,35 @@ function question.read()
     return asked, problem
 end
 
--- What has to change: vLLM knows the model by one name only, and a client must not say how urgent it is.
-local function edited(asked, model)
+local function text_of(asked, name)
+    local field = asked.fields[name]
+    return field and field.type == "string" and scan.string(asked.text, field) or nil
+end
+
+local KEYS = {
+    prefix = function(asked)
+        return ring.prompt_key(asked.text, asked.fields)
+    end,
+    session = function(asked, route)
+        local header = route.session_header and ngx.req.get_headers()[route.session_header]
+        return type(header) == "string" and header or text_of(asked, "prompt_cache_key") or text_of(asked, "user")
+    end,
+}
+
+-- What a request has in common with former ones that should go to the same backend, by the way in which its routes are balanced.
+function question.keys(asked, routes)
+    local keys
+    for _, route in ipairs(routes) do
+        if asked.fields and route.balance ~= "least" then
+            keys = keys or {}
+            keys[route.balance] = keys[route.balance] or KEYS[route.balance](asked, route)
+        end
+    end
+    return keys
+end
+
+-- What has to change: vLLM knows the model by one name only, and how urgent a request is says the gateway, not its client.
+local function edited(asked, model, priority)
     if asked.at then
         return asked.model ~= model and form.splice(asked.text, { { from = asked.at.from, to = asked.at.to, text = model } }) or asked.text
     end
@@ -76,15 +108,15 @@ local function edited(asked, model)
     if asked.model ~= model then
         wishes.model = cjson.encode(model)
     end
-    if asked.fields.priority then
-        wishes.priority = false
+    if priority or asked.fields.priority then
+        wishes.priority = priority and tostring(priority) or false
     end
     return next(wishes) and scan.edit(asked.text, asked.fields, asked.object, wishes) or asked.text
 end
 
--- Makes the body one for this model.
-function question.put(asked, model)
-    local text = edited(asked, model)
+-- Makes the body one for this model, with this priority or none.
+function question.put(asked, model, priority)
+    local text = edited(asked, model, priority)
     if text ~= asked.text then
         if #text > SLICE then
             pause()
