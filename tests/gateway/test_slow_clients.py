@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gateway.backends import Asked, Backend, Handler, right, tokens
+from tests.gateway.backends import Asked, Backend, Handler, held, right, tokens
 from tests.gateway.harness import CHAT, KEY, NAME, Gateway, document, route, running
 from tests.gateway.streams import Process, process
 from tests.gateway.wire import BODY, Http2, request
@@ -157,7 +157,7 @@ def thinking(handler: Handler, asked: Asked) -> None:
 
 def free_slots(gateway: Gateway) -> int:
     """How many of two a client has left."""
-    answer, BACKEND.answer = BACKEND.answer, lambda handler, asked: (time.sleep(0.3), right(handler, asked))[1]
+    answer, BACKEND.answer = BACKEND.answer, held(0.3)
     statuses = []
     threads = [
         threading.Thread(target=lambda: statuses.append(gateway.ask(CHAT, BODY, key=FEW).status)) for _ in range(3)
