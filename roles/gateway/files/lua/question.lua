@@ -9,7 +9,7 @@ local question = {}
 -- How much of a long body is read before other requests get their turn.
 local SLICE = 1024 * 1024
 
-local WANTED = { model = true, priority = true }
+local WANTED = { model = true, priority = true, stream = true, stream_options = true }
 
 -- A turn for the others. With 0 there would be none: stock Nginx serves all timers that are due before it looks at its connections again, and its
 -- clock stands still while it does.
@@ -67,12 +67,11 @@ function question.read()
     return asked, problem
 end
 
--- What has to change: vLLM knows the model by one name only, and a client must not say how urgent it is.
-local function edited(asked, model)
+-- What has to change: vLLM knows the model by one name only, and a client must not say how urgent it is; and what else is wished.
+local function edited(asked, model, wishes)
     if asked.at then
         return asked.model ~= model and form.splice(asked.text, { { from = asked.at.from, to = asked.at.to, text = model } }) or asked.text
     end
-    local wishes = {}
     if asked.model ~= model then
         wishes.model = cjson.encode(model)
     end
@@ -82,9 +81,9 @@ local function edited(asked, model)
     return next(wishes) and scan.edit(asked.text, asked.fields, asked.object, wishes) or asked.text
 end
 
--- Makes the body one for this model.
-function question.put(asked, model)
-    local text = edited(asked, model)
+-- Makes the body one for this model. `wishes` are as scan.edit takes them.
+function question.put(asked, model, wishes)
+    local text = edited(asked, model, wishes)
     if text ~= asked.text then
         if #text > SLICE then
             pause()

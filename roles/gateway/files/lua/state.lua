@@ -13,7 +13,7 @@ local shared = ngx.shared.gateway_state
 local file_name
 local last_text
 
-local function in_flight_of(id)
+function state.in_flight_of(id)
     return shared:get("in:" .. id) or 0
 end
 
@@ -72,7 +72,7 @@ end
 
 -- How much a backend has to do.
 function state.load_of(id)
-    return in_flight_of(id) + FAILURE_LOAD * (shared:get("failed:" .. id) or 0)
+    return state.in_flight_of(id) + FAILURE_LOAD * (shared:get("failed:" .. id) or 0)
 end
 
 function state.failed(id)
@@ -134,7 +134,7 @@ end
 function state.in_flight()
     local counts = {}
     for id in pairs(fleet.backends) do
-        counts[id] = in_flight_of(id)
+        counts[id] = state.in_flight_of(id)
     end
     return { serial = shared:get("serial") or 0, in_flight = counts }
 end
