@@ -262,7 +262,11 @@ def unit_jobs() -> list[Job]:
     settings = [f"{name}={value}" for name, value in OLDEST.items()]
     on_oldest = 'tools/setup.sh && exec "$SETUP_VENV/bin/python" -m pytest -m core tests/unit'
     oldest = Job("unit oldest core", ["env", *settings, "bash", "-c", on_oldest], pytest=True)
-    return [pytest_job("unit", "tests/unit", "tests/lua"), pytest_job("gateway", "tests/gateway"), *([oldest] if sys.version_info >= (3, 12) else [])]
+    return [
+        pytest_job("unit", "tests/unit", "tests/lua"),
+        pytest_job("gateway", "tests/gateway"),
+        *([oldest] if sys.version_info >= (3, 12) else []),
+    ]
 
 
 def molecule_jobs(wanted: Sequence[str]) -> list[Job]:

@@ -53,9 +53,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         backend.asked.append(asked)
         backend.answer(self, asked)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_PATCH = handle_any
+    def __getattr__(self, name: str) -> Any:
+        """Every method is handled alike."""
+        if name.startswith("do_"):
+            return self.handle_any
+        raise AttributeError(name)
 
-    def reply(self, status: int, body: bytes | str | dict[str, Any], content_type: str = "application/json", **headers: str) -> None:
+    def reply(
+        self, status: int, body: bytes | str | dict[str, Any], content_type: str = "application/json", **headers: str
+    ) -> None:
         """A whole answer."""
         data = json.dumps(body).encode() if isinstance(body, dict) else body.encode() if isinstance(body, str) else body
         self.send_response(status)
@@ -169,4 +175,10 @@ class Backend:
     def described(self) -> dict[str, Any]:
         """Its entry in fleet.json."""
         instance, _, host = self.id.partition("@")
-        return {"instance": instance, "host": host, "address": self.host, "port": self.port, "agent": f"{self.host}:9440"}
+        return {
+            "instance": instance,
+            "host": host,
+            "address": self.host,
+            "port": self.port,
+            "agent": f"{self.host}:9440",
+        }

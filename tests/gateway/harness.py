@@ -73,7 +73,8 @@ def document(
 ) -> dict[str, Any]:
     """A fleet.json. `keys` are keys by their text, with what it is to say of each."""
     return {
-        "version": 1, "internal_key_sha256": sha256(INTERNAL), "gateway": "gw-1", "settings": {"max_body_bytes": 20 << 20, "read_timeout": 3, "cors_origins": []},
+        "version": 1, "internal_key_sha256": sha256(INTERNAL), "gateway": "gw-1",
+        "settings": {"max_body_bytes": 20 << 20, "read_timeout": 3, "cors_origins": []},
         "backends": {backend.id: backend.described() for backend in backends}, "routes": list(routes),
         "clients": {name: {**CLIENT, **client} for name, client in (clients or {"team-a": {}}).items()},
         "keys": {sha256(key): {"expires": None, **entry} for key, entry in (keys or {KEY: {"client": "team-a"}}).items()},
@@ -98,9 +99,7 @@ def rendered(name: str, variables: dict[str, Any]) -> str:
     for place in ("defaults", "vars"):
         every = DataLoader().load_from_file(str(ROLE / place / "main.yml"), trusted_as_template=True) | every
     every |= variables
-    templar = Templar(DataLoader()).copy_with_new_env(
-        searchpath=[str(ROLE / "templates")], available_variables=every
-    )
+    templar = Templar(DataLoader()).copy_with_new_env(searchpath=[str(ROLE / "templates")], available_variables=every)
     text = trust_as_template((ROLE / "templates" / name).read_text())
     overrides = {"trim_blocks": True, "lstrip_blocks": False, "newline_sequence": "\n"}
     return str(templar.template(text, escape_backslashes=False, overrides=overrides))
@@ -159,15 +158,26 @@ class Gateway:
         return made
 
     def ask(
-        self, path: str, body: Any = None, key: str | None = KEY, method: str | None = None, headers: dict[str, str] | None = None
+        self,
+        path: str,
+        body: Any = None,
+        key: str | None = KEY,
+        method: str | None = None,
+        headers: dict[str, str] | None = None,
     ) -> Answer:
         """One request on a connection of its own; what is no bytes becomes JSON."""
         connection = self.connection()
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        everything = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {}), **(headers or {})}
+        everything = {
+            "Content-Type": "application/json",
+            **({"Authorization": f"Bearer {key}"} if key else {}),
+            **(headers or {}),
+        }
         connection.request(method or ("GET" if data is None else "POST"), path, data, everything)
         response = connection.getresponse()
-        answer = Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+        answer = Answer(
+            response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
+        )
         connection.close()
         return answer
 
@@ -210,7 +220,11 @@ class Gateway:
         """The same, with whole entries."""
         self.serial += 1
         usual = {"use": True, "why": "", "check": "ok", "operator": "up", "leaving": False, "kept": False, "since": 0.0}
-        told = {"serial": self.serial, "time": time.time(), "backends": {name: {**usual, **said} for name, said in backends.items()}}
+        told = {
+            "serial": self.serial,
+            "time": time.time(),
+            "backends": {name: {**usual, **said} for name, said in backends.items()},
+        }
         self.write("run/vllm-gateway/state.json", json.dumps(told))
         self.until(lambda: self.admin("/in_flight")["serial"] == self.serial)
 
@@ -281,7 +295,17 @@ def running(
     conf = directory / "nginx.conf"
     conf.write_text(configuration(directory, {**NUMBERS, **ports, **variables}))
     process = subprocess.Popen(
-        ["nginx", "-p", str(directory), "-c", str(conf), "-e", str(directory / "var/log/nginx/error.log"), "-g", "daemon off;"]
+        [
+            "nginx",
+            "-p",
+            str(directory),
+            "-c",
+            str(conf),
+            "-e",
+            str(directory / "var/log/nginx/error.log"),
+            "-g",
+            "daemon off;",
+        ]
     )
     tls = ssl.create_default_context(cadata=certificate)
     gateway = Gateway(directory, ports["gateway_https_port"], process, tls)

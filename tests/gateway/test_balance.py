@@ -13,7 +13,12 @@ import pytest
 from tests.gateway.backends import Backend, failing, held, right
 from tests.gateway.harness import CHAT, Answer, Gateway, document, route, running
 
-FIRST, SECOND, THIRD, SIX = Backend("chat@gpu-1"), Backend("chat@gpu-2"), Backend("old@gpu-1"), Backend("six@gpu-1", "::1")
+FIRST, SECOND, THIRD, SIX = (
+    Backend("chat@gpu-1"),
+    Backend("chat@gpu-2"),
+    Backend("old@gpu-1"),
+    Backend("six@gpu-1", "::1"),
+)
 ROUTES = [
     route("two", [FIRST, SECOND]), route("shared", [FIRST], weight=3), route("shared", [THIRD], aliases=["older"]),
     route("six", [SIX]), route("none", [THIRD], weight=0),

@@ -14,7 +14,12 @@ import pytest
 from tests.gateway.backends import Answer, Asked, Backend, Handler, failing, held, right, tokens
 from tests.gateway.harness import CHAT, KEY, Gateway, document, free_port, route, running
 
-FIRST, SECOND, ONLY, STUBBORN = Backend("chat@gpu-1"), Backend("chat@gpu-2"), Backend("one@gpu-1"), Backend("stubborn@gpu-1")
+FIRST, SECOND, ONLY, STUBBORN = (
+    Backend("chat@gpu-1"),
+    Backend("chat@gpu-2"),
+    Backend("one@gpu-1"),
+    Backend("stubborn@gpu-1"),
+)
 TWO = [FIRST, SECOND]
 
 
@@ -70,7 +75,10 @@ def told(gateway: Gateway, model: str, answers: Answer) -> Any:
 
 def test_a_bad_question_is_passed_on_as_it_is(gateway: Gateway) -> None:
     answer = told(gateway, "two", failing(400))
-    assert (answer.status, answer.json) == (400, {"error": {"message": "of vLLM", "type": "from_vllm", "param": None, "code": 400}})
+    assert (answer.status, answer.json) == (
+        400,
+        {"error": {"message": "of vLLM", "type": "from_vllm", "param": None, "code": 400}},
+    )
     assert answer.headers["content-type"] == "application/json"
     assert len(FIRST.asked + SECOND.asked) == 1
 
@@ -86,7 +94,9 @@ def test_a_bad_question_is_passed_on_as_it_is(gateway: Gateway) -> None:
         (501, '{"detail":"The model does not support it"}', "application/json", "The model does not support it"),
     ],
 )  # fmt: skip
-def test_other_shapes_become_openais(gateway: Gateway, status: int, text: str, content_type: str, message: str | None) -> None:
+def test_other_shapes_become_openais(
+    gateway: Gateway, status: int, text: str, content_type: str, message: str | None
+) -> None:
     answer = told(gateway, "one", lambda handler, _asked: handler.reply(status, text, content_type))
     assert answer.status == status
     assert answer.headers["content-type"].startswith("application/json")
@@ -96,7 +106,9 @@ def test_other_shapes_become_openais(gateway: Gateway, status: int, text: str, c
 # --- once more, elsewhere
 
 
-@pytest.mark.parametrize("answer", [breaking, closing, failing(503), failing(502)], ids=["reset", "closed", "503", "502"])
+@pytest.mark.parametrize(
+    "answer", [breaking, closing, failing(503), failing(502)], ids=["reset", "closed", "503", "502"]
+)
 def test_what_failed_before_its_answer_began_goes_to_another(gateway: Gateway, answer: Answer) -> None:
     body = b'{"model":"two","messages":"' + b"x" * 50000 + b'"}'
     FIRST.answer = answer
@@ -165,13 +177,18 @@ def test_a_route_may_be_without(gateway: Gateway) -> None:
 
 def test_what_began_is_never_repeated(gateway: Gateway) -> None:
     def cut(handler: Handler, asked: Asked) -> None:
-        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+        handler.wfile.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
+        )
         handler.wfile.flush()
         time.sleep(0.1)
         handler.reset()
 
     FIRST.answer = SECOND.answer = cut
-    raw = gateway.raw(f"POST {CHAT} HTTP/1.1\r\nHost: llm.test\r\nConnection: close\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 15\r\n\r\n".encode() + b'{"model":"two"}')
+    raw = gateway.raw(
+        f"POST {CHAT} HTTP/1.1\r\nHost: llm.test\r\nConnection: close\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 15\r\n\r\n".encode()
+        + b'{"model":"two"}'
+    )
     assert raw.startswith(b"HTTP/1.1 200")
     assert b"hello" in raw
     assert not raw.endswith(b"0\r\n\r\n"), "the client must see that it is not whole"
@@ -232,7 +249,8 @@ def test_a_body_that_is_too_large(gateway: Gateway) -> None:
 @pytest.mark.parametrize(
     ("request_text", "status"),
     [
-        ("GET /v1/models HTTP/1.1\r\nBroken\r\n\r\n", 400), (f"GET /{'x' * 20000} HTTP/1.1\r\n\r\n", 414), (f"GET / HTTP/1.1\r\nHost: llm.test\r\nX: {'x' * 20000}\r\n\r\n", 400),
+        ("GET /v1/models HTTP/1.1\r\nBroken\r\n\r\n", 400), (f"GET /{'x' * 20000} HTTP/1.1\r\n\r\n", 414),
+        (f"GET / HTTP/1.1\r\nHost: llm.test\r\nX: {'x' * 20000}\r\n\r\n", 400),
         (f"POST {CHAT} HTTP/1.1\r\nHost: llm.test\r\nAuthorization: Bearer {KEY}\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
         (f"POST {CHAT} HTTP/1.1\r\nHost: llm.test\r\nAuthorization: Bearer {KEY}\r\nTransfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n", 400),
         (f"POST {CHAT} HTTP/1.1\r\nHost: llm.test\r\nAuthorization: Bearer {KEY}\r\nTransfer-Encoding: gzip\r\n\r\n", 501),

@@ -103,7 +103,11 @@ def test_guessing_keys_is_slowed_down(tmp_path: Path) -> None:
 
 
 def test_an_address_has_limits_of_its_own(tmp_path: Path) -> None:
-    limits = {"gateway_address_requests_per_minute": 60, "gateway_address_burst": 3, "gateway_address_concurrent_requests": 2}
+    limits = {
+        "gateway_address_requests_per_minute": 60,
+        "gateway_address_burst": 3,
+        "gateway_address_concurrent_requests": 2,
+    }
     with running(tmp_path, FLEET, [ONLY.id], **limits) as gateway:
         told = [gateway.ask(CHAT, BODY) for _ in range(6)]
         assert [answer.status for answer in told] == [200] * 4 + [429] * 2

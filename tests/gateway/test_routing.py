@@ -17,7 +17,7 @@ OTHER, NARROW, NONE, OLD, LATER = (f"{name}-0123456789abcdef!~" for name in ("ot
 FIRST, SECOND, SOUND = Backend("chat@gpu-1"), Backend("code@gpu-2"), Backend("hear@gpu-1", "::1")
 TRANSCRIPTIONS = "/v1/audio/transcriptions"
 CLIENTS: dict[str, dict[str, Any]] = {"team-a": {}, "other": {}, "narrow": {"models": ["big"]}, "none": {"models": []}}
-KEYS = {
+KEYS: dict[str, dict[str, Any]] = {
     KEY: {"client": "team-a"}, OTHER: {"client": "other"}, NARROW: {"client": "narrow"}, NONE: {"client": "none"},
     OLD: {"client": "other", "expires": 1000000000}, LATER: {"client": "other", "expires": 4000000000},
 }  # fmt: skip
@@ -30,7 +30,9 @@ ROUTES = [
 ]
 FLEET = document(ROUTES, [FIRST, SECOND, SOUND], CLIENTS, KEYS)
 # What a body may look like, and the gateway must not change.
-TOOLS = {"tools": [{"function": {"parameters": {"required": [], "enum": [12345678901234567890, 1.0, 1e400, None, True]}}}]}
+TOOLS = {
+    "tools": [{"function": {"parameters": {"required": [], "enum": [12345678901234567890, 1.0, 1e400, None, True]}}}]
+}
 DEEP = '{"model": "small", "schema": ' + '{"a": [' * 250 + "]}" * 250 + "}"
 
 
@@ -153,7 +155,10 @@ def test_a_form_has_its_model_too(gateway: Gateway) -> None:
     assert reached(SOUND) == form("whisper")
     assert SOUND.asked[0].path == TRANSCRIPTIONS
     assert gateway.ask(TRANSCRIPTIONS, form("small"), headers=headers).status == 404
-    assert gateway.ask(TRANSCRIPTIONS, form("x").replace(b'"model"', b'"other"'), headers=headers).error["code"] == "missing_required_parameter"
+    assert (
+        gateway.ask(TRANSCRIPTIONS, form("x").replace(b'"model"', b'"other"'), headers=headers).error["code"]
+        == "missing_required_parameter"
+    )
     assert gateway.ask(TRANSCRIPTIONS, form("whisper")[:-9], headers=headers).error["code"] == "invalid_form"
 
 
@@ -174,7 +179,10 @@ def test_a_path_is_let_through_where_the_model_has_it(gateway: Gateway) -> None:
     assert not SOUND.asked
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/metrics", "/v1/embeddings", "/invocations", "/v1/chat/completions/", "/_error/400", "/v1/modelsx"])
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/v1", "/metrics", "/v1/embeddings", "/invocations", "/v1/chat/completions/", "/_error/400", "/v1/modelsx"],
+)
 def test_everything_else_is_not(gateway: Gateway, path: str) -> None:
     for method in ("GET", "POST", "HEAD", "DELETE", "OPTIONS"):
         answer = gateway.ask(path, {"model": "small"}, method=method)
@@ -185,7 +193,15 @@ def test_everything_else_is_not(gateway: Gateway, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/./chat/completions", "//v1/chat/completions", "/v1/%63hat/completions", "/metrics/../v1/chat/completions", CHAT + "?a=/metrics", CHAT + "#x"]
+    "path",
+    [
+        "/v1/./chat/completions",
+        "//v1/chat/completions",
+        "/v1/%63hat/completions",
+        "/metrics/../v1/chat/completions",
+        CHAT + "?a=/metrics",
+        CHAT + "#x",
+    ],
 )
 def test_the_backend_sees_a_constant_path_and_no_query(gateway: Gateway, path: str) -> None:
     head = f"POST {path} HTTP/1.1\r\nHost: llm.test\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 17\r\nConnection: close\r\n\r\n"
@@ -209,7 +225,10 @@ def test_a_wrong_method_is_told_the_right_one(gateway: Gateway, path: str, metho
 
 def test_a_refused_body_is_not_taken_for_the_next_request(gateway: Gateway) -> None:
     """Whatever comes back, nobody is asked what stands in a body."""
-    inner = f"POST {CHAT} HTTP/1.1\r\nHost: llm.test\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 17\r\n\r\n".encode() + b'{"model":"small"}'
+    inner = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: llm.test\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 17\r\n\r\n".encode()
+        + b'{"model":"small"}'
+    )
     for path, key in (("/nowhere", KEY), (CHAT, "wrong"), ("/v1/models", KEY), ("/healthz", KEY)):
         for method in ("POST", "GET"):
             head = f"{method} {path} HTTP/1.1\r\nHost: llm.test\r\nAuthorization: Bearer {key}\r\nContent-Length: {len(inner)}\r\n\r\n"
@@ -243,7 +262,14 @@ def test_the_models_are_those_of_the_client(gateway: Gateway) -> None:
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    [("small", "small"), ("small/", "small"), ("acme/big", "acme/big"), ("acme%2Fbig", "acme/big"), ("gpt-4o", "small"), ("big/", "acme/big")],
+    [
+        ("small", "small"),
+        ("small/", "small"),
+        ("acme/big", "acme/big"),
+        ("acme%2Fbig", "acme/big"),
+        ("gpt-4o", "small"),
+        ("big/", "acme/big"),
+    ],
 )
 def test_one_model_is_told(gateway: Gateway, path: str, name: str) -> None:
     answer = gateway.ask(f"/v1/models/{path}")
@@ -329,7 +355,9 @@ def test_what_a_client_says_about_itself_stays_outside(gateway: Gateway) -> None
 
 
 def test_the_log_says_who_asked_whom_and_no_secret(gateway: Gateway) -> None:
-    request = gateway.ask(f"{CHAT}?secret-argument", {"model": "gpt-4o", "messages": "secret-argument"}).headers["x-request-id"]
+    request = gateway.ask(f"{CHAT}?secret-argument", {"model": "gpt-4o", "messages": "secret-argument"}).headers[
+        "x-request-id"
+    ]
     line = gateway.logged(request)
     told = {name: line[name] for name in ("client", "model", "route", "backend", "uri", "status", "method")}
     assert told == {
