@@ -256,7 +256,10 @@ class Gateway:
     def metrics(self) -> dict[str, float]:
         """What Prometheus would read, by series."""
         lines = self.admin_text("/metrics").splitlines()
-        return {series: float(value) for series, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))}
+        return {
+            series: float(value)
+            for series, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        }
 
     def errors(self) -> str:
         return (self.directory / "var/log/nginx/error.log").read_text()[-3000:]

@@ -232,6 +232,17 @@ def test_tokens_of_a_day_and_a_month(gateway: Gateway, name: str) -> None:
     assert int(refused.headers["retry-after"]) % 86400 == pytest.approx(left % 86400, abs=5)
 
 
+@pytest.mark.parametrize("heeded", [[True], [False], [True, False]])
+def test_a_client_has_its_priority_where_it_is_heeded(gateway: Gateway, heeded: list[bool]) -> None:
+    """And only that one, whatever it says; an instance without priorities would refuse the request."""
+    gateway.configure(document([route("small", [ONLY], priority=heeds) for heeds in heeded], [ONLY], CLIENTS, KEYS))
+    for said in ({}, {"priority": -100}, {"priority": "x"}):
+        for name, wanted in (("team-a", {}), ("urgent", {"priority": -5} if all(heeded) else {})):
+            body = {"model": "small", "user": "1/1/0"}
+            assert gateway.ask(CHAT, {**said, **body}, key=KEY if name == "team-a" else key(name)).status == 200
+            assert ONLY.asked[-1].json == {**body, **wanted}
+
+
 class Own:
     """What clients count themselves, asking many times at once."""
 

@@ -39,16 +39,26 @@ function account.admit(request)
     request.tokens = left and { limit = client.tokens_per_minute, left = left, reset = limit.duration(rest) }
 end
 
--- What has to change in the body, so that a stream tells what it used.
+-- How urgent the requests of a client are, where every instance that may get this one heeds it; the others refuse to be told.
+local function priority_of(request)
+    for _, route in ipairs(request.routes) do
+        if not route.priority then
+            return nil
+        end
+    end
+    return request.client.priority and tostring(request.client.priority)
+end
+
+-- What has to change in the body, so that a stream tells what it used, and vLLM knows the client's priority.
 function account.wishes(request)
     local asked = request.asked
     request.bytes = #asked.text
-    if not asked.fields or not ASKED[request.path] then
+    if not asked.fields then
         return {}
     end
-    local options = usage.ask(asked.text, asked.fields)
+    local options = ASKED[request.path] and usage.ask(asked.text, asked.fields) or nil
     request.ours = options ~= nil
-    return { stream_options = options }
+    return { stream_options = options, priority = priority_of(request) }
 end
 
 -- header_filter: what kind of answer begins.

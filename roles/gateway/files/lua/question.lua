@@ -75,7 +75,7 @@ local function edited(asked, model, wishes)
     if asked.model ~= model then
         wishes.model = cjson.encode(model)
     end
-    if asked.fields.priority then
+    if asked.fields.priority and not wishes.priority then
         wishes.priority = false
     end
     return next(wishes) and scan.edit(asked.text, asked.fields, asked.object, wishes) or asked.text
