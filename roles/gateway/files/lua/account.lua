@@ -14,6 +14,7 @@ local limits, counts = ngx.shared.gateway_limits, ngx.shared.gateway_metrics
 local ASKED = { ["/v1/chat/completions"] = true, ["/v1/completions"] = true }
 -- What a prompt has where no answer of its model has told it yet: text of Europe's languages.
 local TOKENS_PER_BYTE = 0.25
+local STREAM, JSON = "text/event-stream", "application/json"
 -- How much the last answer weighs in the average.
 local WEIGHT = 0.1
 
@@ -24,7 +25,7 @@ local SPENT = {
 }
 
 function account.limited(request, name)
-    metrics.count(counts, "vllm_gateway_limited_total", { "client", request.client.name, "limit", name }, 1)
+    metrics.count(counts, "vllm_gateway_limited_total", metrics.labels("client", request.client.name, "limit", name), 1)
 end
 
 -- Refuses a client that has no tokens left.
@@ -64,12 +65,12 @@ end
 -- header_filter: what kind of answer begins.
 function account.begin(request)
     local kind = ngx.header["Content-Type"] or ""
-    if kind:find("^text/event%-stream") then
+    if kind:sub(1, #STREAM) == STREAM then
         request.stream = usage.stream(request.ours)
         if request.ours then
             ngx.header["Content-Length"] = nil
         end
-    elseif kind:find("^application/json") then
+    elseif kind:sub(1, #JSON) == JSON then
         request.whole = usage.answer()
     end
 end
@@ -108,6 +109,12 @@ local function used_by(request)
     return request.whole and request.whole:result() or {}
 end
 
+-- Who asks without a valid key.
+local nobody = {}
+local VARIABLES = {
+    prompt = "gateway_prompt_tokens", cached = "gateway_cached_tokens", completion = "gateway_completion_tokens",
+    estimated = "gateway_estimated",
+}
 local COUNTERS = {
     prompt = "vllm_gateway_prompt_tokens_total", cached = "vllm_gateway_cached_tokens_total",
     completion = "vllm_gateway_completion_tokens_total", seconds = "vllm_gateway_sound_seconds_total",
@@ -124,47 +131,67 @@ local function count_tokens(labels, used)
     end
 end
 
-local function count_times(request, route)
-    metrics.observe(counts, "vllm_gateway_duration_seconds", route, ngx.now() - ngx.req.start_time())
+local function count_times(request)
+    local route = request.route
+    route.labels = route.labels or metrics.labels("model", route.model, "instance", route.instance)
+    metrics.observe(counts, "vllm_gateway_duration_seconds", route.labels, ngx.now() - ngx.req.start_time())
     if request.stream and request.first then
-        metrics.observe(counts, "vllm_gateway_first_token_seconds", route, request.first)
+        metrics.observe(counts, "vllm_gateway_first_token_seconds", route.labels, request.first)
     end
 end
 
 local function log(request, used)
     local variables = ngx.var
-    variables.gateway_prompt_tokens, variables.gateway_cached_tokens = used.prompt or "", used.cached or ""
-    variables.gateway_completion_tokens, variables.gateway_estimated = used.completion or "", used.estimated and "true" or ""
-    variables.gateway_first_token = request.first and ("%.3f"):format(request.first) or ""
+    for name, variable in pairs(VARIABLES) do
+        if used[name] then
+            variables[variable] = used[name]
+        end
+    end
+    if request.first then
+        variables.gateway_first_token = ("%.3f"):format(request.first)
+    end
+end
+
+-- The labels of what a client asks of a route, either of which may be unknown. They are kept at the client: a new configuration has new ones.
+local function labels_of(client, route)
+    local kept = client or nobody
+    kept.labels = kept.labels or {}
+    local number = route and route.number or 0
+    local labels = kept.labels[number]
+    if not labels then
+        local model, instance = route and route.model or "", route and route.instance or ""
+        labels = metrics.labels("client", client and client.name or "", "model", model, "instance", instance)
+        kept.labels[number] = labels
+    end
+    return labels
 end
 
 -- log: the end of a request, with or without an answer. Charged is what it used, now that it is known.
 function account.close(request)
-    local client, route = request.client and request.client.name or "", request.route
-    local labels = { "client", client, "model", route and route.model or "", "instance", route and route.instance or "" }
-    metrics.count(counts, "vllm_gateway_requests_total", { "status", ngx.status, unpack(labels) }, 1)
+    local client, labels = request.client, labels_of(request.client, request.route)
+    metrics.count(counts, "vllm_gateway_requests_total", 'status="' .. ngx.status .. '",' .. labels, 1)
     if not request.stream and not request.whole then
         return
     end
     local used = used_by(request)
-    limit.charge(limits, client, request.client, (used.prompt or 0) + (used.completion or 0), ngx.now())
+    limit.charge(limits, client.name, client, (used.prompt or 0) + (used.completion or 0), ngx.now())
     learn(request, used)
     count_tokens(labels, used)
-    count_times(request, { unpack(labels, 3) })
+    count_times(request)
     log(request, used)
 end
 
 function account.went_again(backend)
-    metrics.count(counts, "vllm_gateway_retries_total", { "backend", backend.id }, 1)
+    metrics.count(counts, "vllm_gateway_retries_total", metrics.labels("backend", backend.id), 1)
 end
 
 -- What is so at this moment.
 local function gauges(write)
     local used, in_flight = {}, {}
     for id in pairs(fleet.backends) do
-        local label = metrics.escaped(id)
-        used[#used + 1] = ('vllm_gateway_backend_used{backend="%s"} %d\n'):format(label, state.used(id) and 1 or 0)
-        in_flight[#in_flight + 1] = ('vllm_gateway_in_flight{backend="%s"} %d\n'):format(label, state.in_flight_of(id))
+        local label = metrics.labels("backend", id)
+        used[#used + 1] = ("vllm_gateway_backend_used{%s} %d\n"):format(label, state.used(id) and 1 or 0)
+        in_flight[#in_flight + 1] = ("vllm_gateway_in_flight{%s} %d\n"):format(label, state.in_flight_of(id))
     end
     write("# HELP vllm_gateway_backend_used Whether the gateway sends requests to a backend.\n# TYPE vllm_gateway_backend_used gauge\n")
     write(table.concat(used))

@@ -11,10 +11,17 @@ local SLICE = 1024 * 1024
 
 local WANTED = { model = true, priority = true, stream = true, stream_options = true }
 
--- A turn for the others. With 0 there would be none: stock Nginx serves all timers that are due before it looks at its connections again, and its
--- clock stands still while it does.
+-- When the others had their last turn, and after how many seconds they get one.
+local turn, TURN = 0, 0.005
+
+-- A turn for the others, when they have waited long enough. Sleeping for 0 would be none: stock Nginx serves all timers that are due before it looks
+-- at its connections again, and its clock stands still while it does.
 local function pause()
-    ngx.sleep(0.001)
+    ngx.update_time()
+    if ngx.now() - turn >= TURN then
+        ngx.sleep(0.001)
+        turn = ngx.now()
+    end
 end
 
 local function read_file(name)
