@@ -164,7 +164,7 @@ def test_what_the_page_for_clients_says_works(fleet: Fleet) -> None:
     told = {
         "FLEET": fleet.access["base_url"].removesuffix("/v1"), "FLEET_KEY": fleet.key, "SSL_CERT_FILE": fleet.access["ca_file"],
     }  # fmt: skip
-    assert program(sys.executable, "-c", python, environment=told).output.split()[-1].endswith("128")
+    assert program(sys.executable, "-c", python, environment=told).output.endswith("numbers: 128\n")
     directory = Path(fleet.access["ca_file"]).parent
     done = program("sh", "-c", f"cd {directory} && {curl.strip()}", environment=told)
     assert json.loads(done.output[done.output.index("{") :])["choices"][0]["message"]["content"]
