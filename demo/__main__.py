@@ -3,7 +3,7 @@
     python -m demo up       from nothing to a chat completion over HTTPS; again: changes nothing
     python -m demo hosts    only starts the hosts, bare, and builds the model: for `site.yml --check` and the like
     python -m demo down     removes all of it
-    python -m demo model    only builds the small model and prints its directory
+    python -m demo model    only builds the small models and prints the directory of the one that completes
 
 DEMO_HOSTS   number of inference hosts (default 1)
 DEMO_PORT    port on 127.0.0.1 where the endpoint is published (default 8443)
@@ -27,6 +27,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from tests.hosts import hosts
 
@@ -36,6 +37,9 @@ DIRECTORY = ROOT / (".demo" if FLEET == "demo" else f".cache/{FLEET}")
 PORT = int(os.environ.get("DEMO_PORT", "8443"))
 MODEL = "smollm2-135m-instruct"
 MODEL_DIRECTORY = ROOT / ".cache/models" / MODEL
+# The second model, for embeddings: nothing to download. Its weights are random, so its numbers mean nothing; it is there to be routed to.
+EMBEDDING = "tiny-embedding"
+EMBEDDING_DIRECTORY = ROOT / ".cache/models/tiny/embed"
 STARTED = time.monotonic()
 
 
@@ -46,8 +50,13 @@ def say(text: str) -> None:
 
 
 def build_model() -> Path:
-    """Build the Hugging Face directory of the small model, once for each clone."""
+    """Build the Hugging Face directories of the small models, once for each clone. Returns that of the one that completes."""
     with hosts.locked("model"):
+        if not EMBEDDING_DIRECTORY.is_dir():
+            hosts.run(
+                sys.executable, "-m", "tests.tiny_models", str(EMBEDDING_DIRECTORY.parent), EMBEDDING_DIRECTORY.name,
+                env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/.collections"},
+            )  # fmt: skip
         if MODEL_DIRECTORY.is_dir():
             return MODEL_DIRECTORY
         uv, environment = ROOT / ".venv/bin/uv", ROOT / ".cache/model-venv"
@@ -117,24 +126,30 @@ def playbook(*arguments: str) -> str:
     return recap
 
 
-def ask(access: dict[str, object], question: str) -> str:
-    """Ask the model as any client would, and return its answer."""
-    body = {
-        "model": access["model"],
-        "messages": [{"role": "user", "content": question}],
-        "max_tokens": 32,
-        "temperature": 0,
-    }
+def ask(access: dict[str, object], path: str, body: dict[str, object]) -> dict[str, object]:
+    """Ask the endpoint as any client would, and return its answer."""
     request = urllib.request.Request(
-        f"{access['base_url']}/chat/completions",
+        f"{access['base_url']}{path}",
         data=json.dumps(body).encode(),
         headers={"Authorization": f"Bearer {access['api_key']}", "Content-Type": "application/json"},
     )
     context = ssl.create_default_context(cafile=str(access["ca_file"]))
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
     with opener.open(request, timeout=120) as response:
-        answer: str = json.load(response)["choices"][0]["message"]["content"]
+        answer: dict[str, object] = json.load(response)
     return answer
+
+
+def ask_both(access: dict[str, object], question: str) -> None:
+    """Ask one model a question and the other for an embedding of it, at the same address."""
+    message = {"role": "user", "content": question}
+    say(f"asking {MODEL}: {question}")
+    chat: Any = ask(
+        access, "/chat/completions", {"model": MODEL, "messages": [message], "max_tokens": 32, "temperature": 0}
+    )
+    say(f"answer: {chat['choices'][0]['message']['content']}")
+    embedded: Any = ask(access, "/embeddings", {"model": EMBEDDING, "input": question})
+    say(f"{EMBEDDING}, at the same address: {len(embedded['data'][0]['embedding'])} numbers for the question")
 
 
 def prepare() -> dict[str, str]:
@@ -160,6 +175,7 @@ def up() -> None:
         "ca_file": str(DIRECTORY / "ca.pem"),
         "api_key": api_key,
         "model": MODEL,
+        "models": [MODEL, EMBEDDING],
         "hosts": addresses,
     }
     (DIRECTORY / "ca.pem").write_text(
@@ -170,8 +186,7 @@ def up() -> None:
     access_file.write_text(json.dumps(access, indent=2) + "\n")
     print(recap)
     question = "What is the capital of France?"
-    say(f"asking: {question}")
-    say(f"answer: {ask(access, question)}")
+    ask_both(access, question)
     print(f"""
 The service is up. Ask it yourself:
 
@@ -186,6 +201,8 @@ client = openai.OpenAI(base_url="{access["base_url"]}", api_key="{api_key}",
                        http_client=openai.DefaultHttpxClient(verify=ssl.create_default_context(cafile="{access["ca_file"]}")))
 answer = client.chat.completions.create(model="{MODEL}", messages=[{{"role": "user", "content": "{question}"}}])
 print(answer.choices[0].message.content)
+other = client.embeddings.create(model="{EMBEDDING}", input="{question}")
+print(len(other.data[0].embedding), "numbers by", other.model)
 
 Next: look into a host with `ssh -F {DIRECTORY / "config"} {FLEET}-gpu1` (sudo journalctl -u vllm@chat), change inventories/demo
 and run `make demo` again, read docs/quickstart.md, and remove it all with `make demo-down`.""")

@@ -108,7 +108,7 @@ def variables(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         "inventory_hostname": HOST, "group_names": ["vllm", "gateway"], "groups": {"vllm": [HOST], "gateway": [HOST], "all": [HOST]},
         "ansible_facts": {"gpufleet": facts()}, "role_path": str(ROOT / "roles" / name), "ansible_host": "10.0.0.11",
         "ansible_play_hosts": [HOST], "ansible_play_hosts_all": [HOST], "playbook_dir": str(ROOT / "playbooks"), "ansible_check_mode": False,
-        "ansible_connection": "ssh", "ansible_user": "root", "ansible_port": 22,
+        "ansible_connection": "ssh", "ansible_user": "root", "ansible_port": 22, "ansible_run_tags": ["all"], "ansible_skip_tags": [],
     }  # fmt: skip
     own, _checks = role(name)
     return {**own, **VALUES, **magic, **values, "hostvars": {}}

@@ -1,6 +1,6 @@
 """Tiny models of every kind that vLLM serves: a configuration and a tokenizer. `load-format: dummy` gives them random weights.
 
-python -m tests.tiny_models DIRECTORY     writes DIRECTORY/<kind> for each
+python -m tests.tiny_models DIRECTORY [KIND...]     writes DIRECTORY/<kind> for each
 """
 
 from __future__ import annotations
@@ -117,5 +117,5 @@ def write(directory: Path, kind: str) -> Path:
 
 
 if __name__ == "__main__":
-    for each in KINDS:
+    for each in sys.argv[2:] or KINDS:
         print(write(Path(sys.argv[1]), each))

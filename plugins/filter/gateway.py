@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
-from ansible_collections.gpufleet.llm.plugins.module_utils import fleet, model_kinds
+from ansible_collections.gpufleet.llm.plugins.module_utils import fleet, gateway_client, model_kinds
 from ansible_collections.gpufleet.llm.plugins.module_utils import gateway_fleet as data
 from ansible_collections.gpufleet.llm.plugins.module_utils import gateway_problems as problems
 
@@ -28,35 +28,6 @@ def gateway_fleet_with_backends(
         return data.with_backends(present, hostvars, hosts, gateways)
     except fleet.FleetError as error:
         raise AnsibleFilterError(str(error)) from None
-
-
-def gateway_backends(
-    hostvars: fleet.HostVars, instance: str, hosts: Sequence[str], gateways: Sequence[str]
-) -> list[dict[str, str]]:
-    """The backends of an instance, by id and endpoint."""
-    try:
-        found = fleet.backends(hostvars, instance, hosts, gateways)
-    except fleet.FleetError as error:
-        raise AnsibleFilterError(str(error)) from None
-    return [{"id": backend.id, "endpoint": backend.endpoint} for backend in found]
-
-
-def gateway_rate_groups(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The distinct pairs of rate and burst, each with the names of its clients: Nginx wants one zone for each."""
-    groups: dict[tuple[int, int], list[str]] = {}
-    for client in map(fleet.Client.of, clients):
-        groups.setdefault((client.requests_per_minute, client.burst), []).append(client.name)
-    return [
-        {"requests_per_minute": rate, "burst": most, "names": names} for (rate, most), names in sorted(groups.items())
-    ]
-
-
-def gateway_concurrency_groups(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The distinct concurrency limits, each with the names of its clients."""
-    groups: dict[int, list[str]] = {}
-    for client in map(fleet.Client.of, clients):
-        groups.setdefault(client.concurrent_requests, []).append(client.name)
-    return [{"concurrent_requests": most, "names": names} for most, names in sorted(groups.items())]
 
 
 def gateway_client_problems(
@@ -104,9 +75,44 @@ def gateway_warnings(
     return problems.warnings(routes, clients, problems.Fleet(hostvars, hosts, gateways), time.time())
 
 
-def gateway_path_methods(paths: Sequence[str]) -> dict[str, str]:
-    """The method of each path that is let through."""
-    return {path: model_kinds.methods().get(path, "POST") for path in paths}  # the argument spec tells what is none
+def gateway_asker(
+    hostvars: fleet.HostVars,
+    routes: Sequence[Mapping[str, Any]],
+    clients: Sequence[Mapping[str, Any]],
+    hosts: Sequence[str],
+    gateways: Sequence[str],
+    wanted: str = "",
+    paths: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """The client as which the playbooks ask a gateway, with a key, and what it may ask for."""
+    default_paths = model_kinds.open_paths() if paths is None else paths
+    try:
+        client = gateway_client.chosen(clients, wanted, time.time())
+        seen = gateway_client.view(hostvars, routes, client, hosts, gateways, default_paths)
+    except fleet.FleetError as error:
+        raise AnsibleFilterError(str(error)) from None
+    models = dict.fromkeys(fleet.Route.of(route).model for route in routes)
+    others = [model for model in models if model not in [entry["model"] for entry in seen]]
+    return {"name": client.name, "key": client.known_key(time.time()), "routes": seen, "others": others}
+
+
+def gateway_asker_problems(clients: Sequence[Mapping[str, Any]], wanted: str = "") -> list[str]:
+    """Why the playbooks could not ask a gateway as a client."""
+    try:
+        gateway_client.chosen(clients, wanted, time.time())
+    except fleet.FleetError as error:
+        return [str(error)]
+    return []
+
+
+def gateway_key_lines(clients: Sequence[Mapping[str, Any]], former: Mapping[str, Any]) -> list[str]:
+    """Which keys are taken until when, for a person."""
+    return gateway_client.key_lines(clients, former, time.time())
+
+
+def gateway_key_checks(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The keys that can be shown, and whether each has to be taken."""
+    return gateway_client.key_checks(clients, time.time())
 
 
 def gateway_outside_problems(
@@ -135,14 +141,14 @@ class FilterModule:
             for function in (
                 gateway_fleet,
                 gateway_fleet_with_backends,
-                gateway_backends,
-                gateway_rate_groups,
-                gateway_concurrency_groups,
                 gateway_client_problems,
                 gateway_route_problems,
-                gateway_path_methods,
                 gateway_path_problems,
                 gateway_warnings,
+                gateway_asker,
+                gateway_asker_problems,
+                gateway_key_lines,
+                gateway_key_checks,
                 gateway_outside_problems,
             )
         }

@@ -144,8 +144,8 @@ class Client:
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Client:
-        """From an entry of `gateway_clients` without mistakes."""
-        rate, burst = int(entry["requests_per_minute"]), entry.get("burst")
+        """From an entry of `gateway_clients` without mistakes; what is missing is told by the argument spec."""
+        rate, burst = int(entry.get("requests_per_minute") or 0), entry.get("burst")
         if burst is None:
             burst = max(BURST_LEAST, math.ceil(rate * BURST_SECONDS / 60))
         optional = {
@@ -155,7 +155,7 @@ class Client:
         }
         keys = tuple(map(Key.of, entry.get("keys") or [entry]))
         return cls(
-            str(entry["name"]), rate, int(entry["concurrent_requests"]), int(burst), keys, names(entry.get("models")), **optional
+            str(entry.get("name")), rate, int(entry.get("concurrent_requests") or 0), int(burst), keys, names(entry.get("models")), **optional
         )  # fmt: skip
 
     def may(self, route: Route) -> bool:

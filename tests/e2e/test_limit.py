@@ -6,8 +6,10 @@ is in the inventory and has never been there. At the end the host is back, and t
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import json
+import re
 import socket
 import ssl
 import threading
@@ -40,8 +42,8 @@ class Small:
     host_variables: dict[str, dict[str, Any]] = field(default_factory=dict)
     gateways: list[str] = field(default_factory=lambda: [GATEWAY, ABSENT])
 
-    def run(self, *arguments: str, **variables: Any) -> Done:
-        """Run site.yml; what is given on top of the inventory stays in it."""
+    def run(self, *arguments: str, playbook: str = "site.yml", **variables: Any) -> Done:
+        """Run a playbook; what is given on top of the inventory stays in it."""
         self.variables |= variables
         each = {
             name: {"ansible_host": address, **self.host_variables.get(name, {})}
@@ -54,7 +56,7 @@ class Small:
         }
         file = self.directory / "hosts.json"
         file.write_text(json.dumps(inventory))
-        return program("ansible-playbook", "site.yml", "-i", str(file), *arguments, check=False)
+        return program("ansible-playbook", playbook, "-i", str(file), *arguments, check=False)
 
     def ask(self, method: str, path: str, body: object = None) -> tuple[int, Any, str]:
         """Ask the gateway: the status, the answer, and a header that its configuration decides."""
@@ -152,11 +154,11 @@ def test_a_run_that_leaves_dead_hosts_out_is_a_good_one(small: Small) -> None:
 def test_a_gateway_that_somebody_changes_is_left_to_them(small: Small) -> None:
     """The instance moves to another port, and the gateway outside of --limit cannot be told of it yet."""
     on(GATEWAY, f"cat >{LEASE}", stdin=json.dumps(STRANGERS_LEASE))
-    before = on(GATEWAY, "cat /etc/nginx/backends.conf")
+    before = on(GATEWAY, "cat /etc/vllm-gateway/fleet.json")
     done = small.run("--limit", WORKER, vllm_instances=instance(8001))
     assert done.status == 2, done.output
     assert f"{GATEWAY} is being changed by alice on ctl9 (process 7)" in told(done)
-    assert on(GATEWAY, "cat /etc/nginx/backends.conf") == before
+    assert on(GATEWAY, "cat /etc/vllm-gateway/fleet.json") == before
     assert json.loads(leases()[GATEWAY]) == STRANGERS_LEASE
     on(GATEWAY, f"rm {LEASE}")
 
@@ -167,11 +169,14 @@ def test_a_gateway_outside_of_the_limit_hears_what_concerns_it_and_nothing_else(
     assert done.status == 0, done.output
     assert f"{ABSENT} is outside of --limit and cannot be reached" in told(done)
     assert set(done.recap()) == {WORKER}
-    assert f"{small.addresses[WORKER]}:8001" in on(GATEWAY, "cat /etc/nginx/backends.conf")
+    data = json.loads(on(GATEWAY, "cat /etc/vllm-gateway/fleet.json"))
+    assert {id: backend["port"] for id, backend in data["backends"].items()} == {
+        f"chat@{host}": 8001 for host in (WORKER, DEAD)
+    }
     assert small.complete() == 200
     _, health_now, header_now = small.ask("GET", "/healthz")
-    assert (health_now["configuration"], header_now) == (health["configuration"], header)
-    assert health_now["backends"] != health["backends"]
+    assert (health_now["program"], header_now) == (health["program"], header)
+    assert health_now["configuration"] != health["configuration"]
     assert set(leases().values()) == {""}
 
 
@@ -179,10 +184,10 @@ def test_who_knows_already_is_not_told_again(small: Small) -> None:
     """Neither by the next such run, nor does the gateway's own run find anything but its own work: the header of the test before."""
     done = small.run("--limit", WORKER)
     assert (done.status, done.recap()[WORKER]["changed"]) == (0, 0), done.output
-    before = on(GATEWAY, "stat --format %z /etc/nginx/backends.conf")
+    before = on(GATEWAY, "stat --format %z /etc/vllm-gateway/fleet.json")
     done = small.run("--limit", GATEWAY)
     assert done.status == 0, done.output
-    assert on(GATEWAY, "stat --format %z /etc/nginx/backends.conf") == before
+    assert on(GATEWAY, "stat --format %z /etc/vllm-gateway/fleet.json") == before
     assert small.ask("GET", "/v1/models")[2] == "max-age=1000"
     assert set(leases().values()) == {""}
 
@@ -287,3 +292,67 @@ def test_changing_the_internal_key_loses_no_request(small: Small) -> None:
         time.sleep(1)
     assert main_pids(WORKER, DEAD) == before
     assert small.complete() == 200
+
+
+# --- the keys of clients
+
+NEW_KEY = "Sk/New.Key-of-Another-System=1"
+
+
+def status_of(small: Small, key: str) -> int:
+    """What the gateway says to a key."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return request(f"https://{small.addresses[GATEWAY]}", "GET", "/v1/models", key=key, tls=context).status
+
+
+def rotate(small: Small, *keys: dict[str, str]) -> Done:
+    """Run rotate_keys.yml for the keys of clients alone."""
+    client = {"name": "a", "keys": list(keys), "requests_per_minute": 6000, "concurrent_requests": 8}
+    return small.run("--tags", "gateway", playbook="playbooks/rotate_keys.yml", gateway_clients=[client])
+
+
+def label(key: str) -> str:
+    """How a key is told."""
+    return f"a {hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+
+def test_a_client_changes_its_key_without_a_gap(small: Small) -> None:
+    """First both keys are taken, then the former one has ended, and at last it is gone."""
+    with Clients(small) as clients:
+        done = rotate(small, {"key": KEY, "expires": "2999-01-01"}, {"key": NEW_KEY})
+        assert done.status == 0, done.output
+    assert set(clients.statuses) == {200}, clients.statuses
+    for line in (f"{label(KEY)} is taken until 2999-01-01", f"{label(NEW_KEY)} is taken without an end, and is new"):
+        assert line in told(done)
+    for key in (KEY, NEW_KEY):
+        assert re.search(rf"ok +key {label(key)} +200, taken", done.output), done.output
+    assert (status_of(small, KEY), status_of(small, NEW_KEY)) == (200, 200)
+
+    done = rotate(small, {"key": KEY, "expires": "2020-01-01"}, {"key": NEW_KEY})
+    assert done.status == 0, done.output
+    assert f"{label(KEY)} is refused since 2020-01-01; take it out of gateway_clients" in told(done)
+    assert re.search(rf"ok +key {label(KEY)} +401, refused", done.output), done.output
+    assert (status_of(small, KEY), status_of(small, NEW_KEY)) == (401, 200)
+
+    done = rotate(small, {"key": NEW_KEY})
+    assert f"{label(KEY)} is taken no more: it is not in gateway_clients" in told(done)
+    assert KEY not in done.output and NEW_KEY not in done.output
+    again = rotate(small, {"key": NEW_KEY})
+    assert {counters["changed"] for counters in again.recap().values()} == {0}, again.output
+
+
+def test_the_internal_key_is_changed_by_the_same_playbook(small: Small) -> None:
+    """And nothing else is: options that differ would restart an instance."""
+    before = main_pids(WORKER, DEAD)
+    changed = [{**instance(8001)[0], "options": {"max-model-len": 256}}]
+    refused = small.run(playbook="playbooks/rotate_keys.yml", vllm_instances=changed, vllm_internal_key=KEYS[0])
+    assert refused.status == 2, refused.output
+    assert "Something else than keys has changed for the instances of" in told(refused)
+    done = small.run(playbook="playbooks/rotate_keys.yml", vllm_instances=instance(8001))
+    assert done.status == 0, done.output
+    assert main_pids(WORKER, DEAD) == before, "no restart"
+    end = time.monotonic() + FORMER_SECONDS
+    while [taken(small, host) for host in (WORKER, DEAD)] != [[True, False, False]] * 2:
+        assert time.monotonic() < end, "a former key is taken still"
+        time.sleep(1)

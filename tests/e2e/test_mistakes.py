@@ -62,6 +62,11 @@ def client(**changes: object) -> dict[str, Any]:
     return {"gateway_clients": [{key: value for key, value in {**CLIENT, **changes}.items() if value is not ...}]}
 
 
+def route(**changes: object) -> dict[str, Any]:
+    """The right route, changed."""
+    return {"gateway_routes": [{**RIGHT["gateway_routes"][0], **changes}]}
+
+
 def files(certificate: str, key: str) -> dict[str, Any]:
     """A certificate that is given."""
     return {"tls_certificate_source": "files", "tls_certificate_certificate": certificate, "tls_certificate_key": key}
@@ -141,10 +146,32 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "empty key": (
         client(key=""),
-        "the key of team-a is not at least 32 of a-z, 0-9, dot, _ and - in lower case; make one with `openssl rand -hex 32`",
+        "the key of team-a is not at least 16 printable characters of ASCII without spaces; `openssl rand -hex 32` makes one",
     ),
-    "short key": (client(key="abc-123"), "the key of team-a is not at least 32 of a-z, 0-9"),
-    "upper-case key": (client(key=SECRET), "the key of team-a is not at least 32 of a-z, 0-9"),
+    "short key": (client(key="abc-123"), "the key of team-a is not at least 16 printable characters"),
+    "a key of two words": (client(key=f"{SECRET} x"), "the key of team-a is not at least 16 printable characters"),
+    "key and keys": (client(keys=[{"key": SECRET}]), "team-a has both `key` and `keys`; put the key into `keys`"),
+    "a key and its hash": (
+        client(key=..., keys=[{"key": SECRET, "sha256": "0" * 64}]),
+        "keys[0] of team-a has both `key` and `sha256`; it must have one of them",
+    ),
+    "a date that is none": (
+        client(key=..., keys=[{"key": SECRET, "expires": "next year"}]),
+        "expires of keys[0] of team-a is 'next year'; it must be a date such as 2027-01-31",
+    ),
+    "only an old key": (
+        client(key=..., keys=[{"key": SECRET, "expires": "2020-01-31"}]),
+        "gateway_clients: every key of team-a has expired; give it one that has not, or leave the client out",
+    ),
+    "nobody to ask as": (
+        client(key=..., keys=[{"sha256": "0" * 64}]),
+        "no client in gateway_clients has a key that can be shown: only SHA-256, or keys that have expired.",
+    ),
+    "the key between gateway and vLLM": (client(key="c" * 40), "the key of team-a is the internal key"),
+    "a model that no route has": (
+        client(models=["tinny"]),
+        "gateway_clients: tinny in models of team-a is no model of gateway_routes; there are tiny",
+    ),
     "duplicate key": (
         {"gateway_clients": [CLIENT, {**CLIENT, "name": "team-b"}]},
         "gateway_clients: team-a and team-b have the same key; give each client its own",
@@ -199,7 +226,40 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "route to nowhere": (
         {"gateway_routes": [{"model": "tiny", "instance": "chatt"}]},
-        "gateway_routes[0] names the instance chatt, but no host of the group <host>_fleet has it in vllm_instances; there are chat",
+        "gateway_routes[0] (tiny) names the instance chatt, but no host of the group <host>_fleet has it in vllm_instances; there are chat",
+    ),
+    "route by a name that the instance does not have": (
+        {"gateway_routes": [{"model": "Tiny", "instance": "chat"}]},
+        "gateway_routes[0] (Tiny): model must be the name by which the instance chat of <host> serves its model, tiny;",
+    ),
+    "route twice": (
+        {"gateway_routes": [{"model": "tiny", "instance": "chat"}] * 2},
+        "gateway_routes[1] (tiny) has the model and the instance of gateway_routes[0] (tiny)",
+    ),
+    "alias that is the model": (
+        route(aliases=["tiny"]),
+        "gateway_routes[0] (tiny): the alias tiny is the model itself",
+    ),
+    "path that does not exist": (
+        route(paths=["/v1/chats"]),
+        "gateway_routes[0]: paths[0] is '/v1/chats', but must be one of /v1/completions, /v1/chat/completions,",
+    ),
+    "path of another kind": (
+        {**route(paths=["/v1/chat/completions"]), **options(runner="pooling")},
+        "gateway_routes[0] (tiny): /v1/chat/completions in paths is none that the instance chat can have, whose options say runner: pooling;",
+    ),
+    "route for a stranger": (
+        route(clients=["team-b"]),
+        "gateway_routes[0] (tiny): team-b in clients is none of gateway_clients; did you mean team-a?",
+    ),
+    "share of nothing": (route(weight=0), "gateway_routes[0] (tiny): weight is 0; it must be at least 1"),
+    "more backends than there are": (
+        route(min_available=2),
+        "gateway_routes[0] (tiny): min_available is 2; it must be from 0 to 1, since the instance chat has 1 backend",
+    ),
+    "balance that does not exist": (
+        route(balance="random"),
+        "gateway_routes[0]: balance is 'random', but must be one of least, prefix, session",
     ),
     "no address for the fleet": (
         {"fleet_address": ""},

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.gateway.backends import Backend, failing, held, right
-from tests.gateway.harness import CHAT, Answer, Gateway, document, route, running
+from tests.gateway.harness import CHAT, KEY, Answer, Gateway, document, route, running
 
 FIRST, SECOND, THIRD, SIX = (
     Backend("chat@gpu-1"),
@@ -21,10 +23,14 @@ FIRST, SECOND, THIRD, SIX = (
 )
 ROUTES = [
     route("two", [FIRST, SECOND]), route("shared", [FIRST], weight=3), route("shared", [THIRD], aliases=["older"]),
-    route("six", [SIX]), route("none", [THIRD], weight=0),
+    route("six", [SIX]), route("prefix", [FIRST, SECOND], balance="prefix"), route("urgent", [FIRST, SECOND], priority=True),
+    route("session", [FIRST, SECOND], balance="session", session_header="x-chat-id"),
 ]  # fmt: skip
 BACKENDS = [FIRST, SECOND, THIRD, SIX]
-FLEET = document(ROUTES, BACKENDS)
+EARLY = "early-0123456789abcdef"
+FLEET = document(
+    ROUTES, BACKENDS, {"team-a": {}, "early": {"priority": -5}}, {KEY: {"client": "team-a"}, EARLY: {"client": "early"}}
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +44,10 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
 def fresh(request: pytest.FixtureRequest) -> None:
     for backend in BACKENDS:
         backend.reset()
-    if "gateway" in request.fixturenames and "without a state" not in request.node.name:
+    if request.node.name != "test_without_a_state_all_are_used":
         gateway: Gateway = request.getfixturevalue("gateway")
-        if request.node.name != "test_without_a_state_all_are_used":
-            gateway.state({})
-            gateway.state({backend.id: {} for backend in BACKENDS})
+        gateway.state({})
+        gateway.state({backend.id: {} for backend in BACKENDS})
 
 
 def asked(gateway: Gateway, model: str, count: int, at_once: int = 1) -> Counter[str]:
@@ -157,3 +162,94 @@ def test_data_that_is_wrong_leaves_the_former_in_use(gateway: Gateway, wrong: st
     assert gateway.ask("/healthz").json == before
     assert asked(gateway, "two", 4).total() == 4
     gateway.configure(FLEET)
+
+
+# --- what belongs together
+
+
+def chats(gateway: Gateway, model: str, count: int, **more: Any) -> Counter[str]:
+    """The backends of requests that have the same beginning."""
+    backends: Counter[str] = Counter()
+    for number in range(count):
+        said = [{"role": "system", "content": more.get("system", "You are kind.")}, {"role": "user", "content": "Hi"}]
+        grown = [{"role": "assistant", "content": f"answer {at}"} for at in range(number)]
+        body = {"model": model, "messages": [*said, *grown], **more.get("fields", {})}
+        answer = gateway.ask(CHAT, body, headers=more.get("headers"))
+        backends[answer.json["backend"]] += 1
+    return backends
+
+
+def test_prefix_keeps_a_conversation_where_its_beginning_was(gateway: Gateway) -> None:
+    homes = [chats(gateway, "prefix", 6, system=f"You are number {number}.") for number in range(12)]
+    assert all(len(home) == 1 for home in homes)
+    assert len(set().union(*homes)) > 1
+
+
+def test_session_keeps_a_user_in_one_place(gateway: Gateway) -> None:
+    for said in ("user", "prompt_cache_key"):
+        homes = [chats(gateway, "session", 6, fields={said: f"{said}-{number}"}) for number in range(12)]
+        assert all(len(home) == 1 for home in homes)
+        assert len(set().union(*homes)) > 1
+    homes = [chats(gateway, "session", 6, headers={"X-Chat-Id": str(number)}) for number in range(12)]
+    assert all(len(home) == 1 for home in homes)
+    assert len(set().union(*homes)) > 1
+    # without any of them it is as if nothing had been asked for
+    assert len(chats(gateway, "session", 30)) == 2
+
+
+def test_who_is_at_home_nowhere_else_goes_elsewhere_when_home_is_gone_or_has_too_much_to_do(gateway: Gateway) -> None:
+    (home,) = chats(gateway, "prefix", 3)
+    (other,) = {FIRST.id, SECOND.id} - {home}
+    gateway.state({other: {}})
+    assert set(chats(gateway, "prefix", 3)) == {other}
+    gateway.state({FIRST.id: {}, SECOND.id: {}})
+    assert set(chats(gateway, "prefix", 3)) == {home}
+    FIRST.answer = SECOND.answer = held(0.5)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        many = Counter[str]()
+        for one in pool.map(lambda _number: chats(gateway, "prefix", 1), range(8)):
+            many += one
+    assert set(many) == {FIRST.id, SECOND.id}
+
+
+def test_who_fails_is_not_asked_again_for_the_same(gateway: Gateway) -> None:
+    (home,) = chats(gateway, "prefix", 3)
+    backend = next(backend for backend in BACKENDS if backend.id == home)
+    backend.answer = failing(503)
+    assert home not in chats(gateway, "prefix", 3)
+
+
+# --- urgency and fullness
+
+
+@pytest.mark.parametrize(
+    ("key", "model", "priority"),
+    [(KEY, "urgent", None), (EARLY, "urgent", -5), (EARLY, "two", None)],
+    ids=["no priority of its own", "a client with one", "instances without"],
+)
+def test_the_priority_is_the_clients_as_the_gateway_knows_it(
+    gateway: Gateway, key: str, model: str, priority: int | None
+) -> None:
+    for said in ({}, {"priority": -100}):
+        FIRST.reset(), SECOND.reset()
+        assert gateway.ask(CHAT, {"model": model, **said}, key=key).status == 200
+        (asked,) = FIRST.asked + SECOND.asked
+        assert asked.json.get("priority") == priority
+
+
+def test_a_full_backend_is_passed_over_and_full_ones_say_so(gateway: Gateway) -> None:
+    fleet = json.loads(json.dumps(FLEET))
+    fleet["backends"][FIRST.id]["most_requests"] = 1
+    fleet["backends"][SECOND.id]["most_requests"] = 2
+    gateway.configure(fleet)
+    try:
+        FIRST.answer = SECOND.answer = held(1)
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(lambda _number: gateway.ask(CHAT, {"model": "two"}), range(6)))
+    finally:
+        gateway.configure(FLEET)
+    assert sorted(answer.status for answer in answers) == [200] * 3 + [503] * 3
+    assert (len(FIRST.asked), len(SECOND.asked)) == (1, 2)
+    refused = next(answer for answer in answers if answer.status == 503)
+    assert refused.error["code"] == "queue_full"
+    assert int(refused.headers["retry-after"]) > 0

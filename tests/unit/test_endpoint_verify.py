@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.gpufleet.llm.plugins.module_utils import model_kinds
-from ansible_collections.gpufleet.llm.plugins.modules import endpoint_verify
+from ansible_collections.gpufleet.llm.plugins.module_utils import endpoint_checks, endpoint_keys, model_kinds
+from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import Endpoint, row
+from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint_checks import Route
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 KEY = "sk-right"
 MODEL = "tiny"
+ALIAS = "gpt-4o"
+UNKNOWN = {"error": {"message": "no such model", "type": "invalid_request_error", "code": "model_not_found"}}
 NAME = "llm.test"
 
 
@@ -59,6 +62,7 @@ class Gateway(ThreadingHTTPServer):
     """A gateway as it should be, unless `fault` says what is wrong with it."""
 
     fault = ""
+    busy = 0
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -95,9 +99,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """List the models."""
-        if self.allowed():
-            listed = "another" if self.server.fault == "another model" else MODEL
-            self.send(200, {"object": "list", "data": [{"id": listed}]})
+        if self.server.busy:
+            self.server.busy -= 1
+            self.send_response(429)
+            self.send_header("Retry-After", "7")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif self.allowed():
+            fault = self.server.fault
+            listed = {"another model": ["another"], "too many": [MODEL, "secret"]}.get(fault, [MODEL, ALIAS])
+            more = {"root": "/srv/models/tiny"} if fault == "root" else {"root": None}
+            self.send(200, {"object": "list", "data": [{"id": name, **more} for name in listed]})
 
     def do_POST(self) -> None:
         """Complete."""
@@ -106,6 +118,19 @@ class Handler(BaseHTTPRequestHandler):
             return
         body = {} if self.headers["Content-Type"].startswith("multipart/") else json.loads(content)
         fault = self.server.fault
+        if body.get("model") == endpoint_checks.NO_MODEL:
+            told = (
+                {"error": {**UNKNOWN["error"], "message": f"there is only {MODEL}"}}
+                if fault == "tells models"
+                else UNKNOWN
+            )
+            self.send(
+                200 if fault == "any model" else 404, {"detail": "Not Found"} if fault == "vllm's shape" else told
+            )
+            return
+        if fault == "no alias" and body.get("model") == ALIAS:
+            self.send(404, UNKNOWN)
+            return
         if fault == "slow":
             time.sleep(3)
         if fault in ("embeds", "embeds nothing"):  # no fault of the gateway's: vLLM with a model that does not generate
@@ -113,10 +138,13 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(404, {"detail": "Not Found"})
             else:
                 self.send(200, {"data": [{"embedding": [0.1, 0.2, 0.3]}] if fault == "embeds" else []})
-        elif fault in ("hears", "ranks", "nothing"):
+        elif fault in ("hears", "ranks", "ranks, by a gateway", "nothing"):
             right: dict[str, object] = {"/v1/audio/transcriptions": {"text": ""}} if fault == "hears" else {}
-            right |= {"/v1/rerank": {"results": [{"relevance_score": 0.5}]}} if fault == "ranks" else {}
-            self.send(200 if self.path in right else 404, right.get(self.path, {"detail": "Not Found"}))
+            right |= {"/v1/rerank": {"results": [{"relevance_score": 0.5}]}} if fault.startswith("ranks") else {}
+            lacking = (
+                {"error": {**UNKNOWN["error"], "code": "not_found"}} if "gateway" in fault else {"detail": "Not Found"}
+            )
+            self.send(200 if self.path in right else 404, right.get(self.path, lacking))
         elif fault == "bad gateway":
             self.send(502, {"error": {"message": "no backend"}})
         elif fault == "not a completion":
@@ -137,7 +165,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b"data: [DONE]\n\n")
         else:
             chat = self.path == "/v1/chat/completions"
-            self.send(200, {"choices": [{"message": {"content": "three"}} if chat else {"text": " three"}]})
+            name = body["model"] if fault == "answers by the alias" else MODEL
+            self.send(
+                200, {"model": name, "choices": [{"message": {"content": "three"}} if chat else {"text": " three"}]}
+            )
 
 
 @pytest.fixture(scope="module")
@@ -163,10 +194,11 @@ def rows(
     gateway: Gateway, ca: Path | None, *, key: str = KEY, name: str = NAME, paths: list[str] | None = None
 ) -> dict[str, tuple[str, str]]:
     """What the module says, by check."""
-    endpoint = endpoint_verify.Endpoint(
+    endpoint = Endpoint(
         f"https://{name}:{gateway.server_address[1]}", key, "127.0.0.1", str(ca) if ca else None, timeout=1
     )
-    found = endpoint_verify.verify(endpoint, [MODEL], ["/metrics", "/invocations"], 7, paths)
+    routes = [Route(MODEL, (ALIAS,), None if paths is None else tuple(paths))]
+    found = endpoint_checks.verify(endpoint, routes, ["/metrics", "/invocations"], 7)
     return {row["check"]: (row["result"], row["detail"]) for row in found}
 
 
@@ -184,6 +216,8 @@ def test_a_good_gateway_passes_every_check(served: Gateway, good_certificate: Pa
         "models",
         f"completion {MODEL}",
         f"streaming {MODEL}",
+        f"alias {ALIAS}",
+        "unknown model",
         "closed /metrics",
         "closed /invocations",
     ]
@@ -191,7 +225,7 @@ def test_a_good_gateway_passes_every_check(served: Gateway, good_certificate: Pa
 
 
 def test_chat_instead_of_completions(served: Gateway, good_certificate: Path) -> None:
-    found = rows(served, good_certificate, paths=[endpoint_verify.CHAT])
+    found = rows(served, good_certificate, paths=[endpoint_checks.CHAT])
     assert failed(found) == {}
     assert "'three'" in found[f"completion {MODEL}"][1]
 
@@ -223,13 +257,22 @@ def test_a_model_is_asked_for_what_it_is_for(
     assert found[f"{check} {MODEL}"][1].startswith(detail)
 
 
+def test_a_gateway_says_in_its_own_words_that_a_model_lacks_a_path(served: Gateway, good_certificate: Path) -> None:
+    served.fault = "ranks, by a gateway"
+    found = rows(served, good_certificate)
+    assert failed(found) == {}
+    assert f"rank {MODEL}" in found
+
+
 def test_a_model_whose_paths_are_all_closed_is_told_with_those_that_would_open_it(
     served: Gateway, good_certificate: Path
 ) -> None:
     served.fault = "nothing"
     told = failed(rows(served, good_certificate, paths=["/v1/completions", "/v1/embeddings"]))
     assert list(told) == [f"model {MODEL}"]
-    assert "it answers none of /v1/completions, /v1/embeddings; gateway_paths has to name" in told[f"model {MODEL}"]
+    assert (
+        "it answers none of /v1/completions, /v1/embeddings; `paths` of its route has to name" in told[f"model {MODEL}"]
+    )
     assert "rank /v1/rerank /v1/score" in told[f"model {MODEL}"]
 
 
@@ -239,14 +282,25 @@ def test_a_model_whose_paths_are_all_closed_is_told_with_those_that_would_open_i
         ("no key", ["key needed"], "no key: 200 instead of 401"),
         ("any key", ["key needed"], "a wrong key: 200 instead of 401"),
         ("another model", ["models"], "not listed: tiny (listed: another)"),
-        ("bad gateway", [f"completion {MODEL}", f"streaming {MODEL}"], "502: "),
-        ("not a completion", [f"completion {MODEL}", f"streaming {MODEL}"], "no completion ('choices')"),
+        ("too many", ["models"], "listed and not of this client: secret"),
+        ("root", ["models"], "the entry of tiny, gpt-4o tells a path of the server"),
+        ("any model", ["unknown model"], "/v1/completions: 200 instead of 404"),
+        ("tells models", ["unknown model"], "the error tells tiny"),
+        ("vllm's shape", ["unknown model"], "/v1/completions: not the error model_not_found"),
+        ("no alias", [f"alias {ALIAS}"], "/v1/completions: 404: "),
+        ("answers by the alias", [f"alias {ALIAS}"], "the answer is of gpt-4o and not of tiny"),
+        ("bad gateway", [f"completion {MODEL}", f"streaming {MODEL}", f"alias {ALIAS}"], "502: "),
+        (
+            "not a completion",
+            [f"completion {MODEL}", f"streaming {MODEL}", f"alias {ALIAS}"],
+            "no completion ('choices')",
+        ),
         ("buffered", [f"streaming {MODEL}"], "all at once"),
         ("few pieces", [f"streaming {MODEL}"], "2 pieces only"),
         ("cut", [f"streaming {MODEL}"], "without [DONE]"),
-        ("embeds nothing", [f"embedding {MODEL}"], "no embedding (list index out of range)"),
+        ("embeds nothing", [f"embedding {MODEL}", f"alias {ALIAS}"], "no embedding (list index out of range)"),
         ("open path", ["closed /metrics", "closed /invocations"], "GET is answered by 200 instead of 404"),
-        ("slow", [f"completion {MODEL}", f"streaming {MODEL}"], "no answer in time"),
+        ("slow", [f"completion {MODEL}", f"streaming {MODEL}", f"alias {ALIAS}"], "no answer in time"),
     ],
 )
 def test_each_fault_fails_its_check_and_no_other(
@@ -290,8 +344,8 @@ def test_a_certificate_that_runs_out_soon_fails_and_the_rest_is_still_checked(tm
 
 
 def test_nobody_there(good_certificate: Path) -> None:
-    endpoint = endpoint_verify.Endpoint(f"https://{NAME}:1", KEY, "127.0.0.1", str(good_certificate), timeout=1)
-    found = endpoint_verify.verify(endpoint, [MODEL], [], 7)
+    endpoint = Endpoint(f"https://{NAME}:1", KEY, "127.0.0.1", str(good_certificate), timeout=1)
+    found = endpoint_checks.verify(endpoint, [Route(MODEL)], [], 7)
     assert [(row["check"], row["result"]) for row in found] == [("certificate", "FAILED")]
     assert "refused" in found[0]["detail"]
 
@@ -299,4 +353,32 @@ def test_nobody_there(good_certificate: Path) -> None:
 @pytest.mark.parametrize("url", ["http://llm.test", "llm.test", "https://llm.test/v1", "https://"])
 def test_a_url_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="https://NAME"):
-        endpoint_verify.Endpoint(url, KEY)
+        Endpoint(url, KEY)
+
+
+def test_keys_that_are_taken_and_keys_that_are_refused(served: Gateway, good_certificate: Path) -> None:
+    endpoint = Endpoint(f"https://{NAME}:{served.server_address[1]}", "", "127.0.0.1", str(good_certificate), timeout=1)
+    keys = [
+        endpoint_keys.Shown("old", False, "sk-old"), endpoint_keys.Shown("new", True, KEY), endpoint_keys.Shown("lost", True, "sk-lost"),
+        endpoint_keys.Shown("leaked", False, KEY),
+    ]  # fmt: skip
+    found = endpoint_keys.check_keys(endpoint, keys)
+    assert [(row["check"], row["result"], row["detail"].partition(":")[0]) for row in found] == [
+        ("key new", "ok", "200, taken"),
+        ("key lost", "FAILED", "401 instead of 200"),
+        ("key old", "ok", "401, refused"),
+        ("key leaked", "FAILED", "200 instead of 401"),
+    ]
+    assert not any(shown.key in repr(keys) for shown in keys)
+
+
+@pytest.mark.parametrize(("busy", "result"), [(3, "ok"), (4, "FAILED")])
+def test_a_key_that_is_over_its_rate_is_asked_about_again(
+    served: Gateway, good_certificate: Path, busy: int, result: str
+) -> None:
+    endpoint = Endpoint(f"https://{NAME}:{served.server_address[1]}", "", "127.0.0.1", str(good_certificate), timeout=1)
+    served.busy = busy
+    waited: list[float] = []
+    checked = row("key", lambda: endpoint_keys.check_key(endpoint, endpoint_keys.Shown("a", True, KEY), waited.append))
+    assert checked["result"] == result
+    assert waited == [7.0] * 3

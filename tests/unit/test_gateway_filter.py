@@ -41,25 +41,14 @@ def test_every_filter_is_described() -> None:
 def test_mistakes_in_the_inventory_are_errors_that_name_the_host() -> None:
     hostvars = {"gpu1": {"vllm_instances": [{"name": "chat", "port": 8000}]}}
     for call in (
-        lambda: gateway.gateway_backends(hostvars, "chat", ["gpu1"], ["lb1"]),
+        lambda: gateway.gateway_fleet_with_backends(
+            {"version": 1, "routes": [{"instance": "chat"}]}, hostvars, ["gpu1"], ["lb1"]
+        ),
         lambda: fleet_filters.bind_address(hostvars, "gpu1", ["lb1"]),
         lambda: fleet_filters.fleet_address(hostvars, "gpu1"),
     ):
         with pytest.raises(AnsibleFilterError, match="gpu1: ansible_host is not set"):
             call()
-
-
-def test_clients_with_the_same_limit_share_a_zone() -> None:
-    clients = [client("a", 600), client("b", 60), client("c", 600), client("d", 600, burst=0)]
-    assert gateway.gateway_rate_groups(clients) == [
-        {"requests_per_minute": 60, "burst": 10, "names": ["b"]},
-        {"requests_per_minute": 600, "burst": 0, "names": ["d"]},
-        {"requests_per_minute": 600, "burst": 100, "names": ["a", "c"]},
-    ]
-    assert gateway.gateway_concurrency_groups([client("a"), client("b", concurrent=1), client("c")]) == [
-        {"concurrent_requests": 1, "names": ["b"]},
-        {"concurrent_requests": 32, "names": ["a", "c"]},
-    ]
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(1, 5), (30, 5), (60, 10), (601, 101)])

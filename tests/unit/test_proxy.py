@@ -149,7 +149,7 @@ DOWNLOADS = {
 # Those that speak to hosts of the fleet only.
 OF_THE_FLEET = {
     "completion_gate",
-    "endpoint_verify",
+    "endpoint",
     "docker_host",
     "model_server",
     "host_sockets",

@@ -89,15 +89,25 @@ function fleet.load(data_file, key_file)
     end
     fleet.models, fleet.paths = index_routes(data.routes, fleet.backends)
     for name, client in pairs(fleet.clients) do
-        client.name, client.models = name, set_of(client.models)
+        client.name, client.models, client.routes = name, set_of(client.models), {}
     end
     fleet.loaded = ngx.time()
 end
 
+-- Those of the keys that came: their hashes need not be made again.
+local of_key = {}
+
 -- The client that a key belongs to.
 function fleet.client_of(key, now)
-    local entry = fleet.keys[hash(key)]
-    if not entry or entry.expires and now >= entry.expires then
+    local entry = of_key[key]
+    if not entry then
+        entry = fleet.keys[hash(key)]
+        if not entry then
+            return nil
+        end
+        of_key[key] = entry
+    end
+    if entry.expires and now >= entry.expires then
         return nil
     end
     return fleet.clients[entry.client]
@@ -107,15 +117,35 @@ local function may(client, route)
     return (not route.clients or route.clients[client.name]) and (not client.models or client.models[route.model])
 end
 
--- The routes to what a client asks for by this name: none, too, when it may not use them.
+-- The routes to what a client asks for by this name: none, too, when it may not use them. What was found is kept, for names that there are.
 function fleet.routes_of(client, name)
-    local found = {}
-    for _, route in ipairs(fleet.models[name] or {}) do
+    local found = client.routes[name]
+    if found then
+        return found
+    end
+    found = {}
+    for _, route in ipairs(fleet.models[name] or found) do
         if may(client, route) then
-            table.insert(found, route)
+            found[#found + 1] = route
         end
     end
+    if #found > 0 then
+        client.routes[name] = found
+    end
     return found
+end
+
+-- Those of the routes that take a path; mostly all.
+function fleet.taking(routes, path)
+    local found
+    for position, route in ipairs(routes) do
+        if found and route.takes[path] then
+            found[#found + 1] = route
+        elseif not found and not route.takes[path] then
+            found = { unpack(routes, 1, position - 1) }
+        end
+    end
+    return found or routes
 end
 
 -- The models that a client may use, in the order of the inventory.

@@ -51,20 +51,24 @@ end
 
 -- The key that a client sent, whatever the header its library puts it into.
 local function key_of(variables)
-    local scheme, key = (variables.http_authorization or ""):match("^(%a+) ([\33-\126]+)$")
-    if scheme and scheme:lower() == "bearer" then
-        return key
+    local authorization = variables.http_authorization
+    if authorization and authorization:sub(1, 7):lower() == "bearer " then
+        return authorization:sub(8)
     end
     return variables.http_x_api_key or variables.http_api_key
 end
 
 -- The methods of a path; nil when it is not let through. Nobody but the gateway itself answers for the models.
 local function methods_of(path)
-    if path == MODELS or path:sub(1, #MODELS + 1) == MODELS .. "/" then
-        return { GET = true, HEAD = true }, "GET, HEAD"
-    elseif fleet.paths[path] then
-        return { POST = true }, "POST"
+    if fleet.paths[path] then
+        return "POST"
+    elseif path == MODELS or path:sub(1, #MODELS + 1) == MODELS .. "/" then
+        return "GET, HEAD"
     end
+end
+
+local function takes(methods, method)
+    return method == methods or methods ~= "POST" and (method == "GET" or method == "HEAD")
 end
 
 -- Rewrite phase: the path, the key and the method. This is before the limits, so what is refused here uses up nobody's share.
@@ -73,7 +77,7 @@ function gateway.admit()
     local request = { path = variables.uri }
     running[variables.request_id] = request
     ngx.ctx.request = request
-    local methods, allow = methods_of(request.path)
+    local methods = methods_of(request.path)
     if not methods then
         return answer.refuse(request, 404)
     end
@@ -81,8 +85,8 @@ function gateway.admit()
     request.client = key and fleet.client_of(key, ngx.time())
     if not request.client then
         return answer.refuse(request, 401)
-    elseif not methods[ngx.req.get_method()] then
-        return answer.refuse(request, 405, { allow = allow })
+    elseif not takes(methods, ngx.req.get_method()) then
+        return answer.refuse(request, 405, { allow = methods })
     end
 end
 
@@ -154,25 +158,30 @@ local function find_routes(request)
     if #routes == 0 then
         return refuse_model(request, name)
     end
-    request.routes = {}
-    for _, route in ipairs(routes) do
-        if route.takes[request.path] then
-            table.insert(request.routes, route)
-        end
-    end
+    request.routes = fleet.taking(routes, request.path)
     if #request.routes == 0 then
         return answer.refuse(request, 404, { message = "The model is not served at this path.", code = "not_served", param = "model" })
     end
 end
 
 local function pick(request, avoided)
-    local route, backend = balance.pick(request.routes, avoided)
+    local route, backend = balance.pick(request.routes, request.keys, avoided)
     if not backend then
         return false
     end
     state.enter(backend.id)
     request.route, request.backend, request.running = route, backend, true
     return true
+end
+
+-- No backend takes it.
+local function refuse_all(request)
+    local full = balance.full(request.routes)
+    return answer.refuse(request, 503, {
+        retry_after = RETRY_AFTER,
+        code = full and "queue_full" or nil,
+        message = full and "All model servers are full. Try again later." or nil,
+    })
 end
 
 -- Content phase, after the limits for each address.
@@ -186,11 +195,12 @@ function gateway.route()
     enter(request)
     read(request)
     find_routes(request)
+    request.keys = question.keys(request.asked, request.routes)
     question.put(request.asked, request.routes[1].model, account.wishes(request))
     -- the text is Nginx's now
     request.asked = nil
     if not pick(request) then
-        return answer.refuse(request, 503, { retry_after = RETRY_AFTER })
+        return refuse_all(request)
     end
     ngx.var.gateway_path = request.path
     ngx.var.gateway_authorization = fleet.authorization

@@ -2,6 +2,7 @@
 -- into the text.
 local cjson = require "cjson.safe"
 local form = require "form"
+local ring = require "ring"
 local scan = require "scan"
 
 local question = {}
@@ -9,7 +10,12 @@ local question = {}
 -- How much of a long body is read before other requests get their turn.
 local SLICE = 1024 * 1024
 
-local WANTED = { model = true, priority = true, stream = true, stream_options = true }
+local WANTED = {
+    model = true, priority = true, stream = true, stream_options = true, user = true, prompt_cache_key = true,
+    messages = true, prompt = true, input = true,
+}
+
+local FORM = "multipart/form-data"
 
 -- When the others had their last turn, and after how many seconds they get one.
 local turn, TURN = 0, 0.005
@@ -63,7 +69,7 @@ function question.read()
     local text = read_text()
     local content_type = ngx.var.http_content_type or ""
     local asked, problem
-    if content_type:lower():find("^multipart/form%-data") then
+    if content_type:sub(1, #FORM):lower() == FORM then
         asked, problem = of_form(text, content_type)
     else
         asked, problem = of_json(text)
@@ -74,7 +80,34 @@ function question.read()
     return asked, problem
 end
 
--- What has to change: vLLM knows the model by one name only, and a client must not say how urgent it is; and what else is wished.
+local function text_of(asked, name)
+    local field = asked.fields[name]
+    return field and field.type == "string" and scan.string(asked.text, field) or nil
+end
+
+local KEYS = {
+    prefix = function(asked)
+        return ring.prompt_key(asked.text, asked.fields)
+    end,
+    session = function(asked, route)
+        local header = route.session_header and ngx.req.get_headers()[route.session_header]
+        return type(header) == "string" and header or text_of(asked, "prompt_cache_key") or text_of(asked, "user")
+    end,
+}
+
+-- What a request has in common with former ones that should go to the same backend, by the way in which its routes are balanced.
+function question.keys(asked, routes)
+    local keys
+    for _, route in ipairs(routes) do
+        if asked.fields and route.balance ~= "least" then
+            keys = keys or {}
+            keys[route.balance] = keys[route.balance] or KEYS[route.balance](asked, route)
+        end
+    end
+    return keys
+end
+
+-- What has to change: vLLM knows the model by one name only, and how urgent a request is says no client; and what else is wished.
 local function edited(asked, model, wishes)
     if asked.at then
         return asked.model ~= model and form.splice(asked.text, { { from = asked.at.from, to = asked.at.to, text = model } }) or asked.text

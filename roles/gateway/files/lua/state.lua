@@ -13,8 +13,15 @@ local shared = ngx.shared.gateway_state
 local file_name
 local last_text
 
+-- What this worker has read of the state, and which one it was: most requests find it unchanged.
+local used, known = {}, nil
+
 function state.in_flight_of(id)
     return shared:get("in:" .. id) or 0
+end
+
+local function changed()
+    shared:incr("changes", 1, 0)
 end
 
 -- Takes up what the checks service wrote. A backend that it does not name is not used.
@@ -34,8 +41,9 @@ local function adopt(text)
         shared:set("use:" .. id, use)
         shared:set("leaving:" .. id, backend.leaving == true)
     end
-    shared:set("serial", tonumber(told.serial) or 0)
     shared:set("time", tonumber(told.time) or 0)
+    changed()
+    shared:set("serial", tonumber(told.serial) or 0)
 end
 
 -- Looks whether there is a new state. Where none was ever written, since the host started, every backend is used.
@@ -46,6 +54,7 @@ function state.read()
             for id in pairs(fleet.backends) do
                 shared:set("use:" .. id, true)
             end
+            changed()
         end
         return
     end
@@ -58,12 +67,24 @@ function state.read()
 end
 
 function state.load(name)
-    file_name, last_text = name, nil
+    file_name, last_text, known = name, nil, nil
     state.read()
 end
 
+-- Which backends are used.
+local function look()
+    local changes = shared:get("changes")
+    if changes ~= known then
+        known = changes
+        for id in pairs(fleet.backends) do
+            used[id] = shared:get("use:" .. id) == true
+        end
+    end
+end
+
 function state.used(id)
-    return shared:get("use:" .. id) == true
+    look()
+    return used[id]
 end
 
 function state.leaving(id)
