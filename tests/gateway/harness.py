@@ -35,13 +35,15 @@ from tests.gateway.backends import INTERNAL, Backend
 ROOT = Path(__file__).resolve().parents[2]
 ROLE = ROOT / "roles" / "gateway"
 NAME = "llm.test"
+# The name that libraries find an address for.
+RESOLVED = "localhost"
 KEY = "team-a-0123456789abcdef0123456789abcdef"
 CHAT = "/v1/chat/completions"
 # Where a gateway has its files; a test has them below its directory.
 PLACES = ("/etc/vllm-gateway", "/etc/ssl/vllm-fleet", "/run/vllm-gateway", "/run/nginx.pid", "/var/log/nginx")
 OTHERS = ("proxy", "fastcgi", "uwsgi", "scgi")
 NUMBERS: dict[str, Any] = {
-    "gateway_ipv6": False, "gateway_server_names": [NAME], "gateway_address_requests_per_minute": 600000, "gateway_address_burst": 10000,
+    "gateway_ipv6": False, "gateway_server_names": [NAME, RESOLVED], "gateway_address_requests_per_minute": 600000, "gateway_address_burst": 10000,
     "gateway_address_concurrent_requests": 10000, "gateway_unauthorized_requests_per_minute": 600000, "gateway_unauthorized_burst": 10000,
     "gateway_read_timeout_seconds": 3, "gateway_connect_timeout_seconds": 1, "gateway_drain_seconds": 20, "gateway_worker_connections": 8192,
     "ansible_managed": "A test",
@@ -135,6 +137,15 @@ class Gateway:
     tls: ssl.SSLContext = field(repr=False)
     serial: int = 0
 
+    @property
+    def base_url(self) -> str:
+        """What a library is told."""
+        return f"https://{RESOLVED}:{self.port}/v1"
+
+    @property
+    def ca_file(self) -> Path:
+        return self.directory / "etc/ssl/vllm-fleet/fullchain.pem"
+
     def connect(self, seconds: float = 15) -> ssl.SSLSocket:
         plain = socket.create_connection(("127.0.0.1", self.port), seconds)
         # a header and a body go out in two writes, and the second must not wait for the first one's acknowledgement
@@ -193,7 +204,7 @@ class Gateway:
         connection.request("GET", path)
         return connection.getresponse().read().decode()
 
-    def until(self, what: Callable[[], object], seconds: float = 10) -> None:
+    def until(self, what: Callable[[], object], seconds: float = 30) -> None:
         """Wait until something is so."""
         end = time.monotonic() + seconds
         while not what():
@@ -289,7 +300,7 @@ def running(
     """A gateway with this fleet.json, whose state says that these backends are used; without any, there is no state. Further variables of the role."""
     for place in ("etc/vllm-gateway", "etc/ssl/vllm-fleet", "run/vllm-gateway", "var/log/nginx"):
         (directory / place).mkdir(parents=True)
-    certificate, key = make_pair(name=NAME)
+    certificate, key = make_pair(30, NAME, RESOLVED)
     (directory / "etc/ssl/vllm-fleet/fullchain.pem").write_text(certificate)
     (directory / "etc/ssl/vllm-fleet/privkey.pem").write_text(key)
     (directory / "etc/vllm-gateway/internal_key").write_text(INTERNAL + "\n")

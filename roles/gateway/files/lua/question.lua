@@ -11,8 +11,8 @@ local question = {}
 local SLICE = 1024 * 1024
 
 local WANTED = {
-    model = true, priority = true, stream = true, stream_options = true, user = true, prompt_cache_key = true,
-    messages = true, prompt = true, input = true,
+    model = true, priority = true, user = true, prompt_cache_key = true, messages = true, prompt = true, input = true,
+    stream = true, stream_options = true,
 }
 
 local FORM = "multipart/form-data"
@@ -107,7 +107,7 @@ function question.keys(asked, routes)
     return keys
 end
 
--- What has to change: vLLM knows the model by one name only, and how urgent a request is says no client; and what else is wished.
+-- What has to change: vLLM knows the model by one name only, and a client must not say how urgent it is; and what else is wished.
 local function edited(asked, model, wishes)
     if asked.at then
         return asked.model ~= model and form.splice(asked.text, { { from = asked.at.from, to = asked.at.to, text = model } }) or asked.text
