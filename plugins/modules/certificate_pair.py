@@ -34,6 +34,14 @@ options:
     description: Days that it has to be valid for from now on.
     type: float
     default: 0
+  life:
+    description: Share of its whole life that has to be left.
+    type: float
+    default: 0
+  pair:
+    description: What the name of the directory that C(current) leads to has to begin with.
+    type: str
+    default: ""
 attributes:
   check_mode:
     description: Changes nothing.
@@ -79,6 +87,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 FIELDS = {
+    "from": re.compile(r"^notBefore=(.+)$", re.MULTILINE),
     "until": re.compile(r"^notAfter=(.+)$", re.MULTILINE),
     "issuer": re.compile(r"^issuer=(?:\n .*)*?\n\s*commonName\s*= (.*)$", re.MULTILINE),
     "names": re.compile(r"Subject Alternative Name:.*\n\s*(.+)$", re.MULTILINE),
@@ -100,15 +109,18 @@ def described(text: str) -> dict[str, str]:
     return {field: match[1].strip() if (match := pattern.search(text)) else "" for field, pattern in FIELDS.items()}
 
 
-def problem(found: dict[str, str], names: Sequence[str], authority: str, days: float, now: float) -> str:
-    """What is wrong with a certificate, or nothing."""
+def problem(found: dict[str, str], names: Sequence[str], authority: str, days: float, now: float, life: float = 0) -> str:
+    """What is wrong with a certificate, or nothing. An authority without a name may be any."""
     wanted, there = {plain(name) for name in names}, {plain(name) for name in found["names"].split(",") if name}
     if wanted != there:
         return f"the certificate is for {', '.join(sorted(there)) or 'no name'}"
-    if found["issuer"] != authority:
+    if authority and found["issuer"] != authority:
         return f"the certificate was signed by {found['issuer'] or 'nobody known'}"
     left = (ssl.cert_time_to_seconds(found["until"]) - now) / 86400
-    return "" if left > days else f"the certificate is valid for {left:.0f} days"
+    if left <= days:
+        return f"the certificate is valid for {left:.0f} days"
+    whole = left + (now - ssl.cert_time_to_seconds(found["from"])) / 86400
+    return "" if left > whole * life else f"the certificate is valid for {left:.1f} of its {whole:.0f} days"
 
 
 def look(module: AnsibleModule) -> str:
@@ -122,7 +134,7 @@ def look(module: AnsibleModule) -> str:
     if not shutil.which("openssl"):
         return "openssl is not installed"
     shown = [
-        "openssl", "x509", "-in", str(certificate), "-noout", "-pubkey", "-enddate", "-issuer",
+        "openssl", "x509", "-in", str(certificate), "-noout", "-pubkey", "-startdate", "-enddate", "-issuer",
         "-nameopt", "multiline,utf8,-esc_msb", "-ext", "subjectAltName",
     ]  # fmt: skip
     status, output, error = module.run_command(shown)
@@ -137,7 +149,10 @@ def look(module: AnsibleModule) -> str:
     if given["certificate"]:
         same = certificate.read_text().strip() == given["certificate"].strip()
         return "" if same else "the certificate is another one"
-    return problem(found, given["names"], given["authority_name"], given["days"], time.time())
+    pair = os.path.basename(os.path.realpath(directory / "current"))
+    if not pair.startswith(given["pair"]):
+        return "the certificate was not ordered as it is wanted now"
+    return problem(found, given["names"], given["authority_name"], given["days"], time.time(), given["life"])
 
 
 ARGUMENTS: dict[str, Any] = {
@@ -146,6 +161,8 @@ ARGUMENTS: dict[str, Any] = {
     "names": {"type": "list", "elements": "str", "default": []},
     "authority_name": {"type": "str", "default": ""},
     "days": {"type": "float", "default": 0.0},
+    "life": {"type": "float", "default": 0.0},
+    "pair": {"type": "str", "default": ""},
 }
 
 
