@@ -84,7 +84,9 @@ def problems(settings: Mapping[str, Any], names: Sequence[str], known: Sequence[
     if settings["email"] and not MAIL.fullmatch(settings["email"]):
         found.append(f"{VARIABLE}email is {settings['email']!r}, which is no e-mail address")
     if bool(settings["eab_key_id"]) != bool(settings["eab_key"]):
-        found.append(f"of {VARIABLE}eab_key_id and {VARIABLE}eab_key one is set; the certificate authority gave you both")
+        found.append(
+            f"of {VARIABLE}eab_key_id and {VARIABLE}eab_key one is set; the certificate authority gave you both"
+        )
     if settings["authority"] and "-----BEGIN CERTIFICATE-----" not in settings["authority"]:
         found.append(f"{VARIABLE}authority_file names a file that has no certificate in PEM in it")
     return [*found, *name_problems(names, settings), *dns_problems(settings, known)]

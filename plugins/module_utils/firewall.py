@@ -89,7 +89,11 @@ def gateway(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) ->
 
 def challenges(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> list[Rule]:
     """Where gateways ask each other for the challenges of a certificate authority (ACME), when they have their certificates from one."""
-    others = [fleet.fleet_address(hostvars, name) for name in other_gateways(host, settings)] if settings["challenge_ports"] else []
+    others = (
+        [fleet.fleet_address(hostvars, name) for name in other_gateways(host, settings)]
+        if settings["challenge_ports"]
+        else []
+    )
     return [Rule("challenges", [str(port) for port in settings["challenge_ports"]], others)]
 
 

@@ -109,7 +109,9 @@ def described(text: str) -> dict[str, str]:
     return {field: match[1].strip() if (match := pattern.search(text)) else "" for field, pattern in FIELDS.items()}
 
 
-def problem(found: dict[str, str], names: Sequence[str], authority: str, days: float, now: float, life: float = 0) -> str:
+def problem(
+    found: dict[str, str], names: Sequence[str], authority: str, days: float, now: float, life: float = 0
+) -> str:
     """What is wrong with a certificate, or nothing. An authority without a name may be any."""
     wanted, there = {plain(name) for name in names}, {plain(name) for name in found["names"].split(",") if name}
     if wanted != there:
@@ -149,7 +151,7 @@ def look(module: AnsibleModule) -> str:
     if given["certificate"]:
         same = certificate.read_text().strip() == given["certificate"].strip()
         return "" if same else "the certificate is another one"
-    pair = os.path.basename(os.path.realpath(directory / "current"))
+    pair = (directory / "current").resolve().name
     if not pair.startswith(given["pair"]):
         return "the certificate was not ordered as it is wanted now"
     return problem(found, given["names"], given["authority_name"], given["days"], time.time(), given["life"])

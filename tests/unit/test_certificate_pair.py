@@ -19,7 +19,15 @@ class FakeModule:
     """Stands in for AnsibleModule: parameters, and commands that are really run."""
 
     def __init__(self, **parameters: Any) -> None:
-        self.params = {"certificate": "", "names": NAMES, "authority_name": AUTHORITY, "days": 10, "life": 0, "pair": "", **parameters}
+        self.params = {
+            "certificate": "",
+            "names": NAMES,
+            "authority_name": AUTHORITY,
+            "days": 10,
+            "life": 0,
+            "pair": "",
+            **parameters,
+        }
 
     def run_command(self, command: list[str]) -> tuple[int, str, str]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -78,9 +78,7 @@ class Place:
     def run(self, *options: str, **settings: Any) -> subprocess.CompletedProcess[str]:
         given = self.path / "settings.json"
         given.write_text(json.dumps(self.settings | settings))
-        return subprocess.run(
-            [sys.executable, PROGRAM, given, *options], text=True, capture_output=True, check=False
-        )
+        return subprocess.run([sys.executable, PROGRAM, given, *options], text=True, capture_output=True, check=False)
 
     def calls(self) -> list[str]:
         """How certbot was called since this was asked last."""
@@ -150,11 +148,17 @@ def test_a_refusal_leaves_what_is_there_and_is_told_in_one_line(place: Place) ->
 
 
 def test_reasons(program: ModuleType) -> None:
-    assert program.reason_of(REFUSED) == 'a.test: Get "http://a.test/": dial tcp 127.0.0.1:80: connect: connection refused (connection)'
-    assert program.reason_of(POLICY) == 'Order included an identifier for which issuance is forbidden by policy: "blocked.test"'
-    assert program.reason_of("Saving debug log to /l\nThe requested dns-x plugin does not appear to be installed\n") == (
-        "The requested dns-x plugin does not appear to be installed"
+    assert (
+        program.reason_of(REFUSED)
+        == 'a.test: Get "http://a.test/": dial tcp 127.0.0.1:80: connect: connection refused (connection)'
     )
+    assert (
+        program.reason_of(POLICY)
+        == 'Order included an identifier for which issuance is forbidden by policy: "blocked.test"'
+    )
+    assert program.reason_of(
+        "Saving debug log to /l\nThe requested dns-x plugin does not appear to be installed\n"
+    ) == ("The requested dns-x plugin does not appear to be installed")
     assert program.reason_of("") == "certbot said nothing"
 
 

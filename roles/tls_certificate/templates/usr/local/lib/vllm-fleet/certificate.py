@@ -104,7 +104,7 @@ def write_pair(directory: Path, texts: dict[str, str]) -> None:
     aside.mkdir(parents=True)
     for name, text in texts.items():
         mode = 0o600 if name == "privkey.pem" else 0o644
-        with open(os.open(aside / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+        with os.fdopen(os.open(aside / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -143,7 +143,9 @@ def reload(settings: dict[str, Any], pair: str) -> None:
             continue
         done = subprocess.run(["systemctl", "reload", unit], text=True, capture_output=True, check=False)
         if done.returncode:
-            raise CertificateError(f"the new certificate is in place, but {unit} was not reloaded: {done.stderr.strip()}")
+            raise CertificateError(
+                f"the new certificate is in place, but {unit} was not reloaded: {done.stderr.strip()}"
+            )
     record.write_text(pair)
 
 
@@ -152,7 +154,9 @@ def first(settings: dict[str, Any]) -> None:
     directory = Path(settings["directory"])
     if (directory / "current").exists():
         return
-    alternatives = ",".join(f"{'IP' if asked(name)[0] == '--ip-address' else 'DNS'}:{name}" for name in settings["names"])
+    alternatives = ",".join(
+        f"{'IP' if asked(name)[0] == '--ip-address' else 'DNS'}:{name}" for name in settings["names"]
+    )
     key = openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256")
     request = ["req", "-x509", "-key", "/dev/stdin", "-days", "30", "-subj", "/CN=No certificate yet"]
     certificate = openssl(*request, "-addext", f"subjectAltName={alternatives}", given=key)
@@ -174,7 +178,7 @@ def renew(settings: dict[str, Any]) -> None:
         order(settings)
         reload(settings, put_in_place(settings))
     except (CertificateError, OSError) as problem:
-        reason = str(problem)
+        reason = str(problem).rstrip(".")
     outcome.write_text(json.dumps({"time": time.time(), "reason": reason}) + "\n")
     if reason:
         raise SystemExit(f"no certificate for {', '.join(settings['names'])}: {reason}")
