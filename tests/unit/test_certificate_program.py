@@ -126,8 +126,10 @@ def test_the_pair_changes_as_a_whole_and_the_oldest_go(place: Place) -> None:
     assert (place.directory / "privkey.pem").stat().st_mode & 0o777 == 0o600
     assert (place.directory / "fullchain.pem").stat().st_mode & 0o777 == 0o644
     pairs = place.pairs()
+    (place.directory / "current/fullchain.pem").write_text("changed by somebody")
     assert place.run().returncode == 0
     assert place.pairs() == pairs
+    assert place.served() == "number-4"
 
 
 def test_a_refusal_leaves_what_is_there_and_is_told_in_one_line(place: Place) -> None:

@@ -155,6 +155,35 @@ def test_a_certificate_that_nobody_renewed_is_a_failure(gateways: list[Host], au
 
 
 @pytest.mark.usefixtures("as_it_was")
+def test_by_dns_no_port_is_needed(gateways: list[Host], authority: Authority) -> None:
+    """The real plugin for RFC 2136 with the real Knot DNS; the name itself leads nowhere."""
+    host = gateways[1]
+    authority.lead("dns", NOWHERE)
+    secret = "c2VjcmV0LW9mLXRoZS1zY2VuYXJpby0wMTIzNDU2Nzg="  # noqa: S105 -- of prepare_authority.yml
+    given = {
+        "server": address_of(authority.host),
+        "port": 8053,
+        "name": "acme.",
+        "secret": secret,
+        "algorithm": "HMAC-SHA256",
+    }
+    variables = {
+        "tls_certificate_names": ["dns.test"],
+        "tls_certificate_acme_dns_plugin": "rfc2136",
+        "tls_certificate_acme_dns_credentials": "\n".join(
+            f"dns_rfc2136_{name} = {value}" for name, value in given.items()
+        ),
+        "tls_certificate_acme_dns_propagation_seconds": 1,
+    }
+    told = applied(host, SCENARIO, "--diff", **variables)
+    assert secret not in told
+    assert host.file(f"{DIRECTORY}/acme/dns").mode == 0o600
+    applied(host, SCENARIO, entry_point="order", **variables)
+    assert names(served(host)) == {"dns.test"}
+    assert not changed(order(host, **variables))
+
+
+@pytest.mark.usefixtures("as_it_was")
 def test_another_source_ends_the_timer_and_keeps_the_account(gateways: list[Host], authority: Authority) -> None:
     host = gateways[0]
     pair, account = make_pair(), account_of(host)

@@ -96,9 +96,10 @@ def link(path: Path, target: str) -> None:
 
 
 def write_pair(directory: Path, texts: dict[str, str]) -> None:
-    """Write a pair, whole or not at all."""
-    if directory.is_dir():
-        return
+    """Write a pair, whole or not at all. One that somebody changed is written again."""
+    with contextlib.suppress(OSError):
+        if all((directory / name).read_text() == text for name, text in texts.items()):
+            return
     aside = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -108,6 +109,7 @@ def write_pair(directory: Path, texts: dict[str, str]) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+    shutil.rmtree(directory, ignore_errors=True)
     aside.rename(directory)
 
 
