@@ -204,7 +204,7 @@ class Gateway:
         connection.request("GET", path)
         return connection.getresponse().read().decode()
 
-    def until(self, what: Callable[[], object], seconds: float = 10) -> None:
+    def until(self, what: Callable[[], object], seconds: float = 30) -> None:
         """Wait until something is so."""
         end = time.monotonic() + seconds
         while not what():

@@ -11,8 +11,8 @@ local question = {}
 local SLICE = 1024 * 1024
 
 local WANTED = {
-    model = true, priority = true, stream = true, stream_options = true, user = true, prompt_cache_key = true, messages = true, prompt = true,
-    input = true,
+    model = true, priority = true, user = true, prompt_cache_key = true, messages = true, prompt = true, input = true,
+    stream = true, stream_options = true,
 }
 
 local FORM = "multipart/form-data"
