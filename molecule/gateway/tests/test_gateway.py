@@ -453,9 +453,9 @@ def test_the_log_says_who_and_never_the_key(gateway: Gateway, host: Host) -> Non
 
 
 def test_no_key_of_a_client_is_on_the_host_and_the_internal_one_only_for_root(host: Host) -> None:
-    for name in ("internal_key", "fleet.json"):
+    for name, mode in (("internal_key", 0o600), ("fleet.json", 0o640)):
         file = host.file(f"/etc/vllm-gateway/{name}")
-        assert (file.user, file.mode) == ("root", 0o600)
+        assert (file.user, file.mode) == ("root", mode)
     assert host.run(f"grep -rl {TEAM_A} /etc /usr/local /run/vllm-gateway").stdout == ""
     assert host.run(f"grep -rl {INTERNAL} /etc /usr/local /run/vllm-gateway").stdout.split() == [
         "/etc/vllm-gateway/internal_key"
