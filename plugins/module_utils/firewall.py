@@ -14,7 +14,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils import firewall_egres
 from ansible_collections.gpufleet.llm.plugins.module_utils.nft import comment, is_ports, matches, port_set
 
 LISTS = (
-    "ssh_ports", "admin_networks", "gateway_ports", "client_networks", "metrics_ports", "monitoring_networks", "allow", "container_interfaces",
+    "ssh_ports", "admin_networks", "gateway_ports", "agent_ports", "client_networks", "metrics_ports", "monitoring_networks", "allow", "container_interfaces",
     "egress_allow", "egress_closed",
 )  # fmt: skip
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,62}")
@@ -91,6 +91,15 @@ def instances(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) 
     return [Rule(f"vLLM {instance.name}", [str(instance.port)], addresses) for instance in found]
 
 
+def agent(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> list[Rule]:
+    """What tells the state and the metrics of instances, for the gateways and for those who collect metrics."""
+    if host not in settings["vllm_hosts"] or not fleet.instances(hostvars, [host]):
+        return []
+    gateways = [fleet.fleet_address(hostvars, name) for name in settings["gateways"] if name != host]
+    ports = [str(port) for port in settings["agent_ports"]]
+    return [Rule("agent", ports, [*gateways, *settings["monitoring_networks"]])]
+
+
 def models(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> list[Rule]:
     """What inference hosts copy models from each other by, where they do."""
     if host not in settings["vllm_hosts"] or not settings["model_ports"]:
@@ -114,7 +123,7 @@ def extra(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> l
 
 # Ports between the hosts of an instance that spans several will be one more of these.
 SOURCES: tuple[Callable[[fleet.HostVars, str, Mapping[str, Any]], list[Rule]], ...] = (
-    ssh, gateway, instances, models, metrics, extra,
+    ssh, gateway, instances, agent, models, metrics, extra,
 )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ from datetime import date, datetime
 from typing import Any
 
 LOOPBACK = "127.0.0.1"
+# Where the agent of a host listens, unless host_agent_port says otherwise.
+AGENT_PORT = 9440
 DNS_NAME = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)(\.(?!-)[a-z0-9-]{1,63}(?<!-))*")
 
 # What a user without rights may listen on.

@@ -49,6 +49,8 @@ def _no_truth(value: Any) -> Any:
 
 # What roles set for others; the arguments of each role say what it means.
 OUTPUTS = {
+    "fleet_authority_present",
+    "fleet_authority_signed",
     "host_support_facts",
     "host_support_installed",
     "host_support_offer",

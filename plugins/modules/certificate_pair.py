@@ -11,12 +11,20 @@ version_added: 0.1.0
 author: The vLLM Fleet authors (@gpufleet)
 short_description: Tells whether a certificate and its key are those that are wanted
 description:
-  - Looks at C(fullchain.pem) and C(privkey.pem) of a directory in one call, by C(openssl) on the host, and changes nothing.
+  - Looks at a certificate and a key of a directory in one call, by C(openssl) on the host, and changes nothing.
 options:
   directory:
     description: Where the pair is, and C(ca.pem) when the host has an authority of its own.
     type: path
     required: true
+  certificate_file:
+    description: Name of the certificate in O(directory).
+    type: str
+    default: fullchain.pem
+  key_file:
+    description: Name of its key in O(directory).
+    type: str
+    default: privkey.pem
   certificate:
     description: The certificate has to be this one, PEM. The other conditions are not looked at then.
     type: str
@@ -26,10 +34,21 @@ options:
     type: list
     elements: str
     default: []
-  authority_name:
-    description: Common name of the authority that has to have signed it.
+  common_name:
+    description: Common name that the certificate has to have, when one is given.
     type: str
     default: ""
+  authority_name:
+    description: Common name of the authority that has to have signed it. Not looked at when O(authority_files) has one that is there.
+    type: str
+    default: ""
+  authority_files:
+    description:
+      - Certificates of authorities on the host. The first one that is there has to have signed the certificate, and to be C(ca.pem) of
+        O(directory).
+    type: list
+    elements: path
+    default: []
   days:
     description: Days that it has to be valid for from now on.
     type: float
@@ -61,7 +80,11 @@ reason:
   type: str
   sample: the certificate is for old.example.com
 authority:
-  description: Certificate of the host's own authority, PEM, empty when there is none.
+  description: C(ca.pem) of O(directory), PEM, empty when there is none.
+  returned: always
+  type: str
+authority_file:
+  description: The one of O(authority_files) that counts, empty when none is there.
   returned: always
   type: str
 """
@@ -81,6 +104,7 @@ from ansible.module_utils.basic import AnsibleModule
 FIELDS = {
     "until": re.compile(r"^notAfter=(.+)$", re.MULTILINE),
     "issuer": re.compile(r"^issuer=(?:\n .*)*?\n\s*commonName\s*= (.*)$", re.MULTILINE),
+    "subject": re.compile(r"^subject=(?:\n .*)*?\n\s*commonName\s*= (.*)$", re.MULTILINE),
     "names": re.compile(r"Subject Alternative Name:.*\n\s*(.+)$", re.MULTILINE),
     "key": re.compile(r"(-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----)", re.DOTALL),
 }
@@ -100,51 +124,83 @@ def described(text: str) -> dict[str, str]:
     return {field: match[1].strip() if (match := pattern.search(text)) else "" for field, pattern in FIELDS.items()}
 
 
-def problem(found: dict[str, str], names: Sequence[str], authority: str, days: float, now: float) -> str:
-    """What is wrong with a certificate, or nothing."""
+def problem(
+    found: dict[str, str], names: Sequence[str], authority: str | None, days: float, now: float, subject: str = ""
+) -> str:
+    """What is wrong with a certificate, or nothing. Without an authority it does not matter who signed it."""
     wanted, there = {plain(name) for name in names}, {plain(name) for name in found["names"].split(",") if name}
     if wanted != there:
         return f"the certificate is for {', '.join(sorted(there)) or 'no name'}"
-    if found["issuer"] != authority:
+    if subject and found["subject"] != subject:
+        return f"the certificate is that of {found['subject'] or 'nobody'}"
+    if authority is not None and found["issuer"] != authority:
         return f"the certificate was signed by {found['issuer'] or 'nobody known'}"
     left = (ssl.cert_time_to_seconds(found["until"]) - now) / 86400
     return "" if left > days else f"the certificate is valid for {left:.0f} days"
+
+
+def authority_of(module: AnsibleModule) -> Path | None:
+    """The first of the authorities that is there."""
+    there = [path for path in map(Path, module.params["authority_files"]) if path.exists()]
+    return there[0] if there else None
+
+
+def unsigned(module: AnsibleModule, authority: Path, certificate: Path) -> str:
+    """Why a certificate is not one of an authority, or nothing."""
+    beside = certificate.with_name("ca.pem")
+    if not beside.exists():
+        return "there is no ca.pem"
+    if beside.read_text().strip() != authority.read_text().strip():
+        return f"ca.pem is not {authority}"
+    status, output, error = module.run_command(
+        ["openssl", "verify", "-CAfile", str(authority), "-no-CApath", "-no-CAstore", str(certificate)]
+    )
+    said = (error or output).strip().splitlines()
+    return f"{authority} has not signed it ({said[-1] if said else status})" if status else ""
 
 
 def look(module: AnsibleModule) -> str:
     """What is wrong with the pair, or nothing."""
     given = module.params
     directory = Path(given["directory"])
-    certificate, key = directory / "fullchain.pem", directory / "privkey.pem"
+    certificate, key = directory / given["certificate_file"], directory / given["key_file"]
     missing = [path.name for path in (certificate, key) if not path.exists()]
     if missing:
         return f"there is no {missing[0]}"
     if not shutil.which("openssl"):
         return "openssl is not installed"
     shown = [
-        "openssl", "x509", "-in", str(certificate), "-noout", "-pubkey", "-enddate", "-issuer",
+        "openssl", "x509", "-in", str(certificate), "-noout", "-pubkey", "-enddate", "-issuer", "-subject",
         "-nameopt", "multiline,utf8,-esc_msb", "-ext", "subjectAltName",
     ]  # fmt: skip
     status, output, error = module.run_command(shown)
     if status:
-        return f"fullchain.pem cannot be read: {error.strip()}"
+        return f"{certificate.name} cannot be read: {error.strip()}"
     found = described(output)
     status, public, error = module.run_command(["openssl", "pkey", "-in", str(key), "-pubout"])
     if status:
-        return f"privkey.pem cannot be read: {error.strip()}"
+        return f"{key.name} cannot be read: {error.strip()}"
     if found["key"] != public.strip():
         return "the key does not belong to the certificate"
     if given["certificate"]:
         same = certificate.read_text().strip() == given["certificate"].strip()
         return "" if same else "the certificate is another one"
-    return problem(found, given["names"], given["authority_name"], given["days"], time.time())
+    authority = authority_of(module)
+    name = None if authority else given["authority_name"]
+    return problem(found, given["names"], name, given["days"], time.time(), given["common_name"]) or (
+        unsigned(module, authority, certificate) if authority else ""
+    )
 
 
 ARGUMENTS: dict[str, Any] = {
     "directory": {"type": "path", "required": True},
+    "certificate_file": {"type": "str", "default": "fullchain.pem"},
+    "key_file": {"type": "str", "default": "privkey.pem"},
     "certificate": {"type": "str", "default": ""},
     "names": {"type": "list", "elements": "str", "default": []},
+    "common_name": {"type": "str", "default": ""},
     "authority_name": {"type": "str", "default": ""},
+    "authority_files": {"type": "list", "elements": "path", "default": []},
     "days": {"type": "float", "default": 0.0},
 }
 
@@ -160,6 +216,7 @@ def main() -> None:
         good=not reason,
         reason=reason,
         authority=authority.read_text() if authority.exists() else "",
+        authority_file=str(authority_of(module) or ""),
     )
 
 

@@ -193,14 +193,18 @@ class Gateway:
         return answer
 
     def admin(self, path: str) -> Any:
+        """What the socket for this host says, in JSON."""
+        return json.loads(self.admin_text(path))
+
+    def admin_text(self, path: str) -> str:
         """What the socket for this host says."""
         connection = http.client.HTTPConnection("admin")
         connection.sock = socket.socket(socket.AF_UNIX)
         connection.sock.connect(str(self.directory / "run/vllm-gateway/admin.sock"))
         connection.request("GET", path)
-        return json.loads(connection.getresponse().read())
+        return connection.getresponse().read().decode()
 
-    def until(self, what: Callable[[], object], seconds: float = 10) -> None:
+    def until(self, what: Callable[[], object], seconds: float = 30) -> None:
         """Wait until something is so."""
         end = time.monotonic() + seconds
         while not what():
@@ -247,6 +251,26 @@ class Gateway:
         place = self.directory / "var/log/nginx/access.log"
         self.until(lambda: len(place.read_text().splitlines()) >= count)
         return [json.loads(line) for line in place.read_text().splitlines()]
+
+    def logged(self, request_id: str) -> dict[str, Any]:
+        """The line of a request, once it is there to its end."""
+        place = self.directory / "var/log/nginx/access.log"
+        found: list[str] = []
+
+        def there() -> bool:
+            found[:] = [line for line in place.read_text().split("\n")[:-1] if request_id in line]
+            return bool(found)
+
+        self.until(there)
+        return dict(json.loads(found[0]))
+
+    def metrics(self) -> dict[str, float]:
+        """What Prometheus would read, by series."""
+        lines = self.admin_text("/metrics").splitlines()
+        return {
+            series: float(value)
+            for series, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        }
 
     def errors(self) -> str:
         return (self.directory / "var/log/nginx/error.log").read_text()[-3000:]

@@ -358,9 +358,7 @@ def test_the_log_says_who_asked_whom_and_no_secret(gateway: Gateway) -> None:
     request = gateway.ask(f"{CHAT}?secret-argument", {"model": "gpt-4o", "messages": "secret-argument"}).headers[
         "x-request-id"
     ]
-    gateway.until(lambda: request in (gateway.directory / "var/log/nginx/access.log").read_text())
-    lines = [json.loads(line) for line in (gateway.directory / "var/log/nginx/access.log").read_text().splitlines()]
-    (line,) = [line for line in lines if line["request_id"] == request]
+    line = gateway.logged(request)
     told = {name: line[name] for name in ("client", "model", "route", "backend", "uri", "status", "method")}
     assert told == {
         "client": "team-a", "model": "small", "route": "chat", "backend": FIRST.id, "uri": CHAT, "status": "200", "method": "POST"

@@ -17,6 +17,7 @@ weights, so nothing large is downloaded. Each step adds to results.json in the d
     rate        requests that arrive at the rate at which 128 run at a time, against the targets that people bring
     starts      cold (no caches), warm, and a new release that inherits the caches
     parallel    tensor-parallel-size 2, where there are two GPUs
+    shared      two instances on one GPU, whose engines start one after the other
     toolkit     with a CUDA toolkit, where --cuda-home names one: a kernel is compiled, and the instance restarted with it
 """
 
@@ -56,6 +57,8 @@ VOCABULARY = 128256
 # Streams at a time, and requests for each run: at least four for each stream, and some seconds long.
 POINTS = {1: 8, 64: 256, 256: 1024}
 RATE_SECONDS = 60
+# How often vLLM is asked once more, with a release that has answered before.
+JUDGEMENTS = 3
 INPUT, OUTPUT = 512, 128
 
 
@@ -90,21 +93,32 @@ class Steps:
         self.file.write_text(json.dumps(self.results, indent=1) + "\n")
 
     def variables(
-        self, gpus: int = 1, environment: dict[str, str] | None = None, options: dict[str, Any] | None = None
+        self,
+        gpus: int = 1,
+        environment: dict[str, str] | None = None,
+        options: dict[str, Any] | None = None,
+        neighbour: bool = False,
     ) -> dict[str, Any]:
-        """What the inventory takes from here: an instance on so many GPUs, and more environment variables and options of it."""
+        """What the inventory takes from here: an instance on so many GPUs, more environment variables and options of it, and one beside it."""
         on_cpu = self.options.device == "cpu"
-        return {
-            "gpu_directory": str(self.directory),
-            "gpu_gpus": [] if on_cpu else list(range(gpus)),
-            "gpu_options": {
+        chat = {
+            "name": "chat",
+            "model": host.MODEL,
+            "port": 8000,
+            "gpus": [] if on_cpu else list(range(gpus)),
+            "options": {
                 "load-format": "dummy",
                 "max-model-len": 1024 if self.options.shape == "tiny" else 8192,
                 **({"enforce-eager": True} if on_cpu else {"gpu-memory-utilization": 0.42}),
                 **({"tensor-parallel-size": gpus} if gpus > 1 else {}),
                 **(options or {}),
             },
-            "gpu_environment": {**({"VLLM_CPU_KVCACHE_SPACE": 1} if on_cpu else {}), **(environment or {})},
+            "environment": {**({"VLLM_CPU_KVCACHE_SPACE": 1} if on_cpu else {}), **(environment or {})},
+        }
+        return {
+            "gpu_directory": str(self.directory),
+            "vllm_instances": [chat, *([{**chat, "name": "neighbour", "port": 8001}] if neighbour else [])],
+            "vllm_allow_shared_gpus": neighbour,
             "vllm_device": self.options.device,
             "vllm_start_proof": "refuse",
             "fleet_skip_roles": [] if self.options.harden else ["base", "firewall", "ssh_hardening"],
@@ -155,6 +169,7 @@ class Steps:
                 "vllm": release.name.rpartition("-")[0],
                 "decision": re.findall(r"decision: (.+?)(?= - [a-z]+:|[\"']|TASK|$)", " ".join(output.split()))[:1],
                 "startup": host.startup_seconds(),
+                "judged": host.judged(),
                 "kv_cache_tokens": host.kv_cache_tokens(),
                 "compilers": host.compilers(),
                 "os": re.findall(r'PRETTY_NAME="(.*)"', Path("/etc/os-release").read_text())[0],
@@ -300,22 +315,25 @@ class Steps:
     def judgement(self) -> None:
         """What vLLM itself refuses costs no second of service, and a new internal key no restart."""
         until("the unit answers", lambda: host.complete(host.STRAIGHT, self.internal_key), 600)
-        before = host.show("MainPID")
+        before, judged = host.show("MainPID"), len(host.judged())
         wrong = self.variables(options={"quantization": "nonsense"})
-        with self.asking(host.GATEWAY, self.key) as refusal:
+        with self.asking(host.GATEWAY, self.key) as refusal, host.watching_memory() as memory:
             output, seconds = self.playbook("--tags", "preflight,uv,vllm", variables=wrong, refused=True)
+            # What passes is remembered: options that nobody has asked about yet.
+            for number in range(JUDGEMENTS):
+                right = self.variables(options={"max-num-seqs": 200 + number})
+                self.playbook("--tags", "preflight", variables=right)
         said = re.findall(r"vLLM itself refuses this: ([^\n]*)", output)
         if not said or host.show("MainPID") != before or refusal[0] != refusal[1]:
             raise GpuTestError(
                 f"{refusal[1]} of {refusal[0]} requests were answered during a refusal:\n{output[-4000:]}"
             )
-        judged = [json.loads(file.read_text()) for file in host.JUDGED.glob("*.json")]
         found = {
             "refused": seconds,
             "reason": said[0][:300],
             "requests": refusal,
-            "judged": [entry["seconds"] for entry in judged],
-            "took_gpu_memory": any(entry.get("gpu") for entry in judged),
+            "judged": host.judged()[judged:],
+            "mib": [memory[0], max(memory)],
         }
         former, self.internal_key = self.internal_key, secrets.token_hex(32)
         (self.directory / "internal_key").write_text(self.internal_key)
@@ -374,6 +392,34 @@ class Steps:
         found: dict[str, Any] = self.change(variables=self.variables(gpus=2))
         self.keep("parallel", found)
         self.keep("parallel", {**found, "throughput": self.each_point("parallel", 5000)})
+
+    def shared(self) -> None:
+        """Two engines on one GPU: whoever starts them, one waits until the other answers."""
+        units = [host.UNIT, host.NEIGHBOUR]
+        ports = [host.STRAIGHT, host.STRAIGHT_TO_NEIGHBOUR]
+        found: dict[str, Any] = {}
+
+        def both(how: str) -> None:
+            for base in ports:
+                until(f"{base} answers", lambda base=base: host.complete(base, self.internal_key), 900)  # type: ignore[misc]
+            starts = sorted((host.start(unit) for unit in units), key=lambda start: start["complete"])
+            found[how] = starts
+            self.keep("shared", found)
+            first, second = starts
+            if self.options.device == "cuda" and not first["complete"] <= second.get("turn", 0) < second["complete"]:
+                raise GpuTestError(f"the engines did not start one after the other: {starts}")
+
+        _output, found["seconds"] = self.playbook(
+            "--tags", "preflight,uv,vllm", variables=self.variables(neighbour=True)
+        )
+        both("role")
+        # As at a boot.
+        run("systemctl", "restart", *units)
+        both("restart")
+        found["kv_cache_tokens"] = [host.kv_cache_tokens(unit) for unit in units]
+        found["mib"] = host.memory_used_mib()
+        self.keep("shared", found)
+        self.playbook("--tags", "preflight,uv,vllm")
 
     def toolkit(self) -> None:
         """An instance that compiles kernels by nvcc."""
@@ -587,7 +633,19 @@ class Steps:
         }
 
 
-STEPS = ["deploy", "unit", "recover", "throughput", "proof", "judgement", "rate", "starts", "parallel", "toolkit"]
+STEPS = [
+    "deploy",
+    "unit",
+    "recover",
+    "throughput",
+    "proof",
+    "judgement",
+    "rate",
+    "starts",
+    "parallel",
+    "shared",
+    "toolkit",
+]
 
 
 def report_file(results: dict[str, Any]) -> Path:

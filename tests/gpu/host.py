@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
 import ssl
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-UNIT = "vllm@chat.service"
+UNIT, NEIGHBOUR = "vllm@chat.service", "vllm@neighbour.service"
 CACHE = Path("/var/cache/vllm/chat")
-STRAIGHT = "http://127.0.0.1:8000"
+STRAIGHT, STRAIGHT_TO_NEIGHBOUR = "http://127.0.0.1:8000", "http://127.0.0.1:8001"
 GATEWAY = "https://localhost:443"
 BARE_PORT = 8100
 CA = Path("/etc/ssl/vllm-fleet/ca.pem")
@@ -69,36 +71,58 @@ def complete(base: str, key: str, tokens: int = 1) -> bool:
         connection.close()
 
 
-def show(*properties: str) -> dict[str, str]:
-    """Properties of the unit."""
-    lines = run("systemctl", "show", UNIT, f"--property={','.join(properties)}").splitlines()
+def show(*properties: str, unit: str = UNIT) -> dict[str, str]:
+    """Properties of a unit."""
+    lines = run("systemctl", "show", unit, f"--property={','.join(properties)}").splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
-def startup_seconds() -> float:
-    """From the start of the unit's process to the log line by which vLLM says that it serves."""
-    begun = int(show("ExecMainStartTimestampMonotonic")["ExecMainStartTimestampMonotonic"])
+def start(unit: str = UNIT) -> dict[str, float]:
+    """Moments of the last start of a unit, in seconds after the boot.
+
+    `begun` is that of its process, `complete` that of the log line by which vLLM says that it serves; where it had to wait for another engine on
+    its GPU, `turn` is that of the first line afterwards.
+    """
+    begun = int(show("ExecMainStartTimestampMonotonic", unit=unit)["ExecMainStartTimestampMonotonic"])
     boot = run("cat", "/proc/sys/kernel/random/boot_id").strip().replace("-", "")
-    for line in run("journalctl", f"--unit={UNIT}", f"_BOOT_ID={boot}", "--output=json", "--no-pager").splitlines():
+    found, waited = {"begun": begun / 1e6}, False
+    for line in run("journalctl", f"--unit={unit}", f"_BOOT_ID={boot}", "--output=json", "--no-pager").splitlines():
         entry = json.loads(line)
         moment = int(entry["__MONOTONIC_TIMESTAMP"])
         message = entry.get("MESSAGE") or ""
         text = message if isinstance(message, str) else bytes(message).decode(errors="replace")
-        if moment > begun and "Application startup complete" in text:
-            return (moment - begun) / 1e6
-    raise GpuTestError("vLLM has not said that its startup is complete")
+        if moment < begun:
+            continue
+        if waited:
+            found.setdefault("turn", moment / 1e6)
+        waited = waited or "another engine is starting on GPU" in text
+        if "Application startup complete" in text:
+            return {**found, "complete": moment / 1e6}
+    raise GpuTestError(f"vLLM has not said that its startup is complete: {unit}")
 
 
-def journal() -> str:
-    """What the unit has logged since its process was started."""
-    invocation = show("InvocationID")["InvocationID"]
+def startup_seconds() -> float:
+    """From the start of the unit's process to the log line by which vLLM says that it serves."""
+    moments = start()
+    return moments["complete"] - moments["begun"]
+
+
+def journal(unit: str = UNIT) -> str:
+    """What a unit has logged since its process was started."""
+    invocation = show("InvocationID", unit=unit)["InvocationID"]
     return run("journalctl", f"_SYSTEMD_INVOCATION_ID={invocation}", "--output=cat", "--no-pager")
 
 
-def kv_cache_tokens() -> int:
+def kv_cache_tokens(unit: str = UNIT) -> int:
     """How many tokens the KV cache holds, by vLLM's own word; 0 when it says nothing."""
-    found = re.findall(r"GPU KV cache size: ([0-9,]+) tokens", journal())
+    found = re.findall(r"GPU KV cache size: ([0-9,]+) tokens", journal(unit))
     return int(found[-1].replace(",", "")) if found else 0
+
+
+def judged() -> list[float]:
+    """Seconds of each judgement of vLLM that passed and is remembered, oldest first."""
+    records = sorted(JUDGED.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    return [json.loads(path.read_text())["seconds"] for path in records]
 
 
 def compilers() -> list[str]:
@@ -141,6 +165,24 @@ def smi(query: str) -> list[str]:
 def memory_used_mib() -> int:
     """Memory in use on all GPUs."""
     return sum(int(row) for row in smi("--query-gpu=memory.used"))
+
+
+@contextlib.contextmanager
+def watching_memory() -> Iterator[list[int]]:
+    """Memory in use on all GPUs, in MiB: before, and whenever somebody looked meanwhile."""
+    found, done = [memory_used_mib()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            found.append(memory_used_mib())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
 
 
 def metrics(key: str) -> dict[str, float]:

@@ -56,6 +56,19 @@ def throughput_table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def shared_table(shared: dict[str, Any]) -> str:
+    """When two engines on one GPU started, one line for each way to start them."""
+    lines = ["| started by | the first served | the second's turn | the second served |", "|---|---|---|---|"]
+    for how, name in (("role", "the role"), ("restart", "systemd, both at once")):
+        if how not in shared:
+            continue
+        first, second = shared[how]
+        begun = min(first["begun"], second["begun"])
+        moments = [first["complete"], second.get("turn", second["begun"]), second["complete"]]
+        lines.append(f"| {name} | " + " | ".join(f"{moment - begun:.0f}" for moment in moments) + " |")
+    return "\n".join(lines)
+
+
 def render(results: dict[str, Any]) -> str:
     """The page."""
     deploy = results.get("deploy", {})
@@ -100,14 +113,28 @@ def render(results: dict[str, Any]) -> str:
                 f"{passed['startup']:.0f} s (warm)."
             )
     if judgement := results.get("judgement"):
+        before, most = judgement["mib"]
         parts += [
             "## vLLM's judgement, and a new internal key",
-            f"vLLM judged a configuration in {spread(judgement['judged'], 1)} s and {'took' if judgement['took_gpu_memory'] else 'took no'} memory of "
-            f"the GPU for it. An option that it refuses (`{judgement['reason'].strip()}`) was told after {judgement['refused']:.0f} s, and "
-            f"{judgement['requests'][1]} of the {judgement['requests'][0]} requests meanwhile were answered. With a new internal key site.yml took "
-            f"{judgement['rotated']:.0f} s and restarted nothing: {judgement['rotation'][1]} of {judgement['rotation'][0]} requests were answered, and "
-            "the former key was refused afterwards.",
+            f"vLLM judged its first configuration, of a release that nobody had run, in {spread(deploy.get('judged', []), 1)} s, and "
+            f"{len(judgement['judged'])} others later in {spread(judgement['judged'], 1)} s. It took "
+            f"{f'{most - before:,} MiB' if most > before else 'no memory'} of the GPU for it ({before:,} MiB were in use before, {most:,} at most). "
+            f"An option that it refuses (`{judgement['reason'].strip()}`) was told after {judgement['refused']:.0f} s. "
+            f"{judgement['requests'][1]} of the {judgement['requests'][0]} requests during all that were answered. With a new internal key site.yml "
+            f"took {judgement['rotated']:.0f} s and restarted nothing: {judgement['rotation'][1]} of {judgement['rotation'][0]} requests were "
+            "answered, and the former key was refused afterwards.",
         ]
+    if shared := results.get("shared"):
+        parts += [
+            "## Two engines on one GPU",
+            f"A second instance beside the first one, each with its share of the memory; the role took {shared['seconds']:.0f} s. One of them waits "
+            "until the other answers. Seconds after the first one's process was started, until it served; of the second one until it had its turn, "
+            "and until it served.",
+            shared_table(shared),
+        ]
+        if "mib" in shared:
+            tokens = " and ".join(f"{number:,}" for number in shared["kv_cache_tokens"])
+            parts += [f"KV caches: {tokens} tokens; {shared['mib']:,} MiB of GPU memory in use."]
     for name, title in (("parallel", "Two GPUs, tensor-parallel-size 2"), ("toolkit", "With a CUDA toolkit")):
         if found := results.get(name):
             parts += [f"## {title}", changed_text(found), throughput_table(found.get("throughput", []))]

@@ -24,8 +24,8 @@ function tools.new(most)
     tools.dict.most = most
 end
 
-function tools.count(...) metrics.count(tools.dict, ...) end
-function tools.observe(...) metrics.observe(tools.dict, ...) end
+function tools.count(name, labels, n) metrics.count(tools.dict, name, metrics.labels(unpack(labels)), n) end
+function tools.observe(name, labels, n) metrics.observe(tools.dict, name, metrics.labels(unpack(labels)), n) end
 
 function tools.render()
     local parts, pauses = {}, 0
@@ -38,7 +38,7 @@ function tools.together(workers, order)
     local routines = {}
     for index, calls in ipairs(workers) do
         routines[index] = coroutine.create(function()
-            for _, call in ipairs(calls) do metrics.count(tools.dict, unpack(call)) end
+            for _, call in ipairs(calls) do tools.count(unpack(call)) end
         end)
     end
     tools.dict.before = function() coroutine.yield() end

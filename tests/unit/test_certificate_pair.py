@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.gpufleet.llm.plugins.modules.certificate_pair import look
+from ansible_collections.gpufleet.llm.plugins.modules.certificate_pair import ARGUMENTS, look
+
+from tests.certificates import Authority
 
 NAMES = ["llm.example.com", "192.0.2.10", "2001:db8::1"]
 AUTHORITY = "vLLM Fleet CA gw-1, Zürich"
@@ -19,7 +21,9 @@ class FakeModule:
     """Stands in for AnsibleModule: parameters, and commands that are really run."""
 
     def __init__(self, **parameters: Any) -> None:
-        self.params = {"certificate": "", "names": NAMES, "authority_name": AUTHORITY, "days": 10, **parameters}
+        wanted = {"certificate": "", "names": NAMES, "authority_name": AUTHORITY, "days": 10}
+        defaults = {name: argument.get("default") for name, argument in ARGUMENTS.items()}
+        self.params = {**defaults, **wanted, **parameters}
 
     def run_command(self, command: list[str]) -> tuple[int, str, str]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -88,3 +92,33 @@ def test_a_host_without_openssl(tmp_path: Path, reason: Callable[..., str], monk
     make(tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert reason() == "openssl is not installed"
+
+
+def signed(directory: Path, authority: Authority, name: str = "gpu-1") -> None:
+    """A certificate of an authority, as a host of the fleet has it."""
+    certificate, key = authority.sign(name, "192.0.2.10")
+    for file, text in (("cert.pem", certificate), ("key.pem", key), ("ca.pem", authority.pem)):
+        (directory / file).write_text(text)
+
+
+def test_a_certificate_of_the_authority_that_is_there(tmp_path: Path, reason: Callable[..., str]) -> None:
+    mine, other = Authority(), Authority()
+    signed(tmp_path, mine)
+    wanted = {
+        "certificate_file": "cert.pem", "key_file": "key.pem", "names": ["192.0.2.10"], "common_name": "gpu-1",
+        "authority_name": "", "authority_files": [str(tmp_path / "authority.pem"), str(tmp_path / "ca.pem")],
+    }  # fmt: skip
+    assert reason(**wanted) == ""
+    assert reason(**{**wanted, "common_name": "gpu-2"}) == "the certificate is that of gpu-1"
+    # the authority itself is here, and it is another one, with the same name
+    (tmp_path / "authority.pem").write_text(other.pem)
+    assert reason(**wanted) == f"ca.pem is not {tmp_path}/authority.pem"
+    (tmp_path / "ca.pem").write_text(other.pem)
+    assert "has not signed it" in reason(**wanted)
+    (tmp_path / "authority.pem").unlink()
+    assert "has not signed it" in reason(**wanted)
+    (tmp_path / "ca.pem").unlink()
+    assert reason(**{**wanted, "authority_name": "Test CA"}) == ""
+    assert reason(**wanted) == "the certificate was signed by Test CA"
+    (tmp_path / "authority.pem").write_text(mine.pem)
+    assert reason(**wanted) == "there is no ca.pem"

@@ -24,7 +24,7 @@ HOSTVARS: dict[str, dict[str, Any]] = {
 }
 ANY = ["0.0.0.0/0", "::/0"]
 DEFAULTS: dict[str, Any] = {
-    "admin_networks": ANY, "ssh_ports": [22], "gateways": ["gw1", "gw2"], "gateway_ports": [80, 443], "client_networks": ANY,
+    "admin_networks": ANY, "ssh_ports": [22], "gateways": ["gw1", "gw2"], "gateway_ports": [80, 443], "client_networks": ANY, "agent_ports": [9440],
     "vllm_hosts": ["gpu1", "gpu2"], "model_ports": [], "monitoring_networks": [], "metrics_ports": [9100, 9400], "allow": [],
     "container_interfaces": ["docker0", "br-*"], "log_drops": False,
     "egress": "media", "egress_closed": ["10.0.0.0/8", "169.254.0.0/16", "fe80::/10"], "egress_allow": [], "vllm_user": 997,
@@ -49,6 +49,7 @@ WEB = "tcp dport { 80, 443 } accept"
             SSH,
             "ip saddr { 10.0.0.1 } tcp dport { 8000 } accept", "ip6 saddr { fd00::2 } tcp dport { 8000 } accept",
             "ip saddr { 10.0.0.1 } tcp dport { 8001 } accept", "ip6 saddr { fd00::2 } tcp dport { 8001 } accept",
+            "ip saddr { 10.0.0.1 } tcp dport { 9440 } accept", "ip6 saddr { fd00::2 } tcp dport { 9440 } accept",
         ]),
         ("gpu2", {}, [SSH]),
         # not a host of the group: what it calls instances is none
@@ -56,8 +57,13 @@ WEB = "tcp dport { 80, 443 } accept"
         ("gpu1", {"gateways": []}, [SSH]),
         # the only gateway is the host itself: vLLM listens on loopback
         ("gpu1", {"gateways": ["gpu1"]}, [SSH, WEB]),
+        # whoever collects metrics asks the agent for those of the instances
+        ("gpu1", {"gateways": ["gpu1"], "monitoring_networks": ["10.0.0.9"]}, [
+            SSH, WEB, "ip saddr { 10.0.0.9 } tcp dport { 9440 } accept", "ip saddr { 10.0.0.9 } tcp dport { 9100, 9400 } accept",
+        ]),
         ("gpu1", {"gateways": ["gpu1", "gw1"], "vllm_hosts": ["gpu1"]}, [
             SSH, WEB, "ip saddr { 10.0.0.1, 10.0.0.11 } tcp dport { 8000 } accept", "ip saddr { 10.0.0.1, 10.0.0.11 } tcp dport { 8001 } accept",
+            "ip saddr { 10.0.0.1 } tcp dport { 9440 } accept",
         ]),
         # SSH is where it was and where it will be, from two networks of one family
         ("gpu2", {"ssh_ports": [2222, 22], "admin_networks": ["192.0.2.7", "10.0.0.0/8"]},

@@ -1,4 +1,5 @@
 -- A request from its beginning to its end. nginx.conf calls the functions in the order in which they stand here.
+local account = require "account"
 local answer = require "answer"
 local balance = require "balance"
 local balancer = require "ngx.balancer"
@@ -94,6 +95,7 @@ local function count(request)
     local client = request.client
     local within, left, seconds = limit.rate(limits, client.name, client.requests_per_minute, client.burst + 1, ngx.now())
     if not within then
+        account.limited(request, "requests_per_minute")
         return answer.refuse(request, 429, { retry_after = math.ceil(left) })
     end
     request.rate = { limit = client.requests_per_minute, left = left, reset = limit.duration(seconds) }
@@ -103,6 +105,7 @@ local function enter(request)
     local client = request.client
     local free, seconds = limit.enter(limits, client.name, ngx.worker.pid(), client.concurrent_requests)
     if not free then
+        account.limited(request, "concurrent_requests")
         return answer.refuse(request, 429, {
             retry_after = math.max(1, math.ceil(seconds)),
             message = "Too many requests at once. Wait until one of them has ended.",
@@ -188,12 +191,12 @@ function gateway.route()
     if request.path:sub(1, #MODELS) == MODELS then
         return list_models(request)
     end
+    account.admit(request)
     enter(request)
     read(request)
     find_routes(request)
-    local route = request.routes[1]
     request.keys = question.keys(request.asked, request.routes)
-    question.put(request.asked, route.model, route.priority and request.client.priority)
+    question.put(request.asked, request.routes[1].model, account.wishes(request))
     -- the text is Nginx's now
     request.asked = nil
     if not pick(request) then
@@ -242,6 +245,7 @@ function gateway.again()
     if not may_go_again(request, status) or not pick(request, former) then
         return answer.refuse(request, status, { retry_after = status == 503 and RETRY_AFTER or nil })
     end
+    account.went_again(former)
     request.again = true
 end
 
@@ -265,14 +269,21 @@ function gateway.error(known_status)
     return answer.error(request, retry_after)
 end
 
+-- As OpenAI says it.
+local function tell_left(of, what)
+    if what then
+        ngx.header["x-ratelimit-limit-" .. of] = what.limit
+        ngx.header["x-ratelimit-remaining-" .. of] = what.left
+        ngx.header["x-ratelimit-reset-" .. of] = what.reset
+    end
+end
+
 -- header_filter_by_lua: what is left to the client, and errors of vLLM that are put into shape by what follows.
 function gateway.headers()
     local request = current()
-    local rate = request and request.rate
-    if rate then
-        ngx.header["x-ratelimit-limit-requests"] = rate.limit
-        ngx.header["x-ratelimit-remaining-requests"] = rate.left
-        ngx.header["x-ratelimit-reset-requests"] = rate.reset
+    if request then
+        tell_left("requests", request.rate)
+        tell_left("tokens", request.tokens)
     end
     if request and request.running and ngx.status == NO_HTTP then
         state.failed(request.backend.id)
@@ -282,6 +293,8 @@ function gateway.headers()
         request.error_parts = {}
         ngx.header["Content-Length"] = nil
         ngx.header["Content-Type"] = "application/json"
+    elseif request and request.running and not request.told then
+        account.begin(request)
     end
 end
 
@@ -290,6 +303,9 @@ function gateway.body()
     local request = current()
     local parts = request and request.error_parts
     if not parts then
+        if request and (request.stream or request.whole) then
+            ngx.arg[1] = account.chunk(request, ngx.arg[1], ngx.arg[2])
+        end
         return
     end
     table.insert(parts, ngx.arg[1])
@@ -313,6 +329,7 @@ function gateway.log()
     if request.entered then
         limit.leave(limits, request.client.name, ngx.worker.pid(), ngx.now() - request.entered)
     end
+    account.close(request)
     variables.gateway_client = request.client and request.client.name or ""
     if request.route then
         variables.gateway_model, variables.gateway_route = request.route.model, request.route.instance
@@ -327,6 +344,11 @@ end
 -- Which program and which data answer.
 function gateway.health()
     return tell({ status = "ok", configuration = fleet.id, program = settings.program })
+end
+
+-- For Prometheus.
+function gateway.metrics()
+    return account.render()
 end
 
 -- For the checks service.

@@ -3,10 +3,10 @@
 -- Each series is numbered when it is first counted, so that a scrape finds them all without a list of the dictionary's keys, which would lock it.
 -- A full dictionary takes no more series; it never drops one, as it would with `set` and `add`.
 --
---   count(dict, name, labels, n)         adds n to a counter. labels: {"client", "team-a", "model", "small"}
+--   labels(name, value, ...)             labels as they are written, in the order given; making them costs more than counting, so keep them
+--   count(dict, name, labels, n)         adds n to a counter
 --   observe(dict, name, labels, seconds) puts a duration into a histogram
 --   render(dict, write, pause)           calls write(text) for some series at a time, and pause() in between
---   escaped(value)                       a value as it stands in the quotes of a label
 --   METRICS                              what there is: name, type, help, and the limits of the buckets
 local metrics = {}
 
@@ -34,14 +34,11 @@ end
 
 local ESCAPES = { ["\\"] = "\\\\", ['"'] = '\\"', ["\n"] = "\\n" }
 
-function metrics.escaped(value)
-    return (tostring(value):gsub('[\\"\n]', ESCAPES))
-end
-
-local function written(labels)
+function metrics.labels(...)
     local parts = {}
-    for index = 1, #labels, 2 do
-        parts[#parts + 1] = labels[index] .. '="' .. metrics.escaped(labels[index + 1]) .. '"'
+    for index = 1, select("#", ...), 2 do
+        local name, value = select(index, ...)
+        parts[#parts + 1] = name .. '="' .. tostring(value):gsub('[\\"\n]', ESCAPES) .. '"'
     end
     return table.concat(parts, ",")
 end
@@ -54,27 +51,27 @@ local function add(dict, key, n)
 end
 
 -- A series has its place in the list of its metric from its first count on.
-local function add_series(dict, name, text, n)
-    if add(dict, name .. "{" .. text, n) then
+local function add_series(dict, name, labels, n)
+    if add(dict, name .. "{" .. labels, n) then
         dict:safe_add(name .. "#", 0)
-        dict:safe_set(name .. "#" .. dict:incr(name .. "#", 1), text)
+        dict:safe_set(name .. "#" .. dict:incr(name .. "#", 1), labels)
     end
 end
 
 function metrics.count(dict, name, labels, n)
     assert(by_name[name], name)
-    add_series(dict, name, written(labels), n)
+    add_series(dict, name, labels, n)
 end
 
 -- A bucket has what is not in the ones before it. The seconds of all are what stands for the series.
 function metrics.observe(dict, name, labels, seconds)
-    local buckets, text = by_name[name].buckets, written(labels)
+    local buckets = by_name[name].buckets
     local index = 1
     while buckets[index] and seconds > buckets[index] do
         index = index + 1
     end
-    add_series(dict, name, text, seconds)
-    add(dict, name .. "{" .. text .. "#" .. index, 1)
+    add_series(dict, name, labels, seconds)
+    add(dict, name .. "{" .. labels .. "#" .. index, 1)
 end
 
 local function number(value)

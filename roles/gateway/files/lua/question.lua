@@ -12,14 +12,22 @@ local SLICE = 1024 * 1024
 
 local WANTED = {
     model = true, priority = true, user = true, prompt_cache_key = true, messages = true, prompt = true, input = true,
+    stream = true, stream_options = true,
 }
 
 local FORM = "multipart/form-data"
 
--- A turn for the others. With 0 there would be none: stock Nginx serves all timers that are due before it looks at its connections again, and its
--- clock stands still while it does.
+-- When the others had their last turn, and after how many seconds they get one.
+local turn, TURN = 0, 0.005
+
+-- A turn for the others, when they have waited long enough. Sleeping for 0 would be none: stock Nginx serves all timers that are due before it looks
+-- at its connections again, and its clock stands still while it does.
 local function pause()
-    ngx.sleep(0.001)
+    ngx.update_time()
+    if ngx.now() - turn >= TURN then
+        ngx.sleep(0.001)
+        turn = ngx.now()
+    end
 end
 
 local function read_file(name)
@@ -99,24 +107,23 @@ function question.keys(asked, routes)
     return keys
 end
 
--- What has to change: vLLM knows the model by one name only, and how urgent a request is says the gateway, not its client.
-local function edited(asked, model, priority)
+-- What has to change: vLLM knows the model by one name only, and a client must not say how urgent it is; and what else is wished.
+local function edited(asked, model, wishes)
     if asked.at then
         return asked.model ~= model and form.splice(asked.text, { { from = asked.at.from, to = asked.at.to, text = model } }) or asked.text
     end
-    local wishes = {}
     if asked.model ~= model then
         wishes.model = cjson.encode(model)
     end
-    if priority or asked.fields.priority then
-        wishes.priority = priority and tostring(priority) or false
+    if asked.fields.priority and not wishes.priority then
+        wishes.priority = false
     end
     return next(wishes) and scan.edit(asked.text, asked.fields, asked.object, wishes) or asked.text
 end
 
--- Makes the body one for this model, with this priority or none.
-function question.put(asked, model, priority)
-    local text = edited(asked, model, priority)
+-- Makes the body one for this model. `wishes` are as scan.edit takes them.
+function question.put(asked, model, wishes)
+    local text = edited(asked, model, wishes)
     if text ~= asked.text then
         if #text > SLICE then
             pause()
