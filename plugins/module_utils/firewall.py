@@ -74,11 +74,27 @@ def ssh(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> lis
     return [Rule("SSH", [str(port) for port in settings["ssh_ports"]], settings["admin_networks"])]
 
 
+def other_gateways(host: str, settings: Mapping[str, Any]) -> list[str]:
+    """The gateways beside this one; none where the host is no gateway."""
+    gateways = settings["gateways"]
+    return [name for name in gateways if name != host] if host in gateways else []
+
+
 def gateway(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> list[Rule]:
     """What clients talk to, on gateways."""
     if host not in settings["gateways"]:
         return []
     return [Rule("gateway", [str(port) for port in settings["gateway_ports"]], settings["client_networks"])]
+
+
+def challenges(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> list[Rule]:
+    """Where gateways ask each other for the challenges of a certificate authority (ACME), when they have their certificates from one."""
+    others = (
+        [fleet.fleet_address(hostvars, name) for name in other_gateways(host, settings)]
+        if settings["challenge_ports"]
+        else []
+    )
+    return [Rule("challenges", [str(port) for port in settings["challenge_ports"]], others)]
 
 
 def instances(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> list[Rule]:
@@ -123,7 +139,7 @@ def extra(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> l
 
 # Ports between the hosts of an instance that spans several will be one more of these.
 SOURCES: tuple[Callable[[fleet.HostVars, str, Mapping[str, Any]], list[Rule]], ...] = (
-    ssh, gateway, instances, agent, models, metrics, extra,
+    ssh, gateway, challenges, instances, agent, models, metrics, extra,
 )  # fmt: skip
 
 
