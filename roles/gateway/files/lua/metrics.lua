@@ -45,6 +45,9 @@ end
 
 -- Returns whether the key is new.
 local function add(dict, key, n)
+    if dict:incr(key, n) then
+        return false
+    end
     local new = dict:safe_add(key, 0)
     dict:incr(key, n)
     return new
