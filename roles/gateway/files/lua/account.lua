@@ -112,19 +112,18 @@ end
 -- Who asks without a valid key.
 local nobody = {}
 
-local function add(counter, labels, count)
-    if count and count > 0 then
-        metrics.count(counts, counter, labels, count)
+local function count_some(name, labels, n)
+    if n and n > 0 then
+        metrics.count(counts, name, labels, n)
     end
 end
 
--- One after the other: a loop with pairs() is not compiled.
 local function count_tokens(labels, used)
-    add("vllm_gateway_prompt_tokens_total", labels, used.prompt)
-    add("vllm_gateway_cached_tokens_total", labels, used.cached)
-    add("vllm_gateway_completion_tokens_total", labels, used.completion)
-    add("vllm_gateway_sound_seconds_total", labels, used.seconds)
-    add("vllm_gateway_estimated_total", labels, used.estimated and 1)
+    count_some("vllm_gateway_prompt_tokens_total", labels, used.prompt)
+    count_some("vllm_gateway_cached_tokens_total", labels, used.cached)
+    count_some("vllm_gateway_completion_tokens_total", labels, used.completion)
+    count_some("vllm_gateway_sound_seconds_total", labels, used.seconds)
+    count_some("vllm_gateway_estimated_total", labels, used.estimated and 1)
 end
 
 local function count_times(request)
@@ -138,10 +137,13 @@ end
 
 local function log(request, used)
     local variables = ngx.var
-    variables.gateway_prompt_tokens = used.prompt
-    variables.gateway_cached_tokens = used.cached
-    variables.gateway_completion_tokens = used.completion
-    variables.gateway_estimated = used.estimated
+    variables.gateway_prompt_tokens, variables.gateway_completion_tokens = used.prompt, used.completion
+    if used.cached then
+        variables.gateway_cached_tokens = used.cached
+    end
+    if used.estimated then
+        variables.gateway_estimated = "true"
+    end
     if request.first then
         variables.gateway_first_token = ("%.3f"):format(request.first)
     end
