@@ -249,6 +249,11 @@ end
 function gateway.again()
     local request = current()
     local status = tonumber((ngx.var.upstream_status or ""):match("%d+$")) or 502
+    if status == 401 then
+        -- the backend does not know the gateway's key: no fault of the client's, and none of its business
+        status = 502
+        ngx.header["WWW-Authenticate"] = nil
+    end
     local former = request.backend
     leave(request)
     state.failed(former.id)
