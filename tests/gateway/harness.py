@@ -40,7 +40,14 @@ RESOLVED = "localhost"
 KEY = "team-a-0123456789abcdef0123456789abcdef"
 CHAT = "/v1/chat/completions"
 # Where a gateway has its files; a test has them below its directory.
-PLACES = ("/etc/vllm-gateway", "/etc/ssl/vllm-fleet", "/run/vllm-gateway", "/run/nginx.pid", "/var/log/nginx")
+PLACES = (
+    "/etc/vllm-gateway",
+    "/etc/ssl/vllm-fleet",
+    "/run/vllm-gateway",
+    "/var/lib/vllm-gateway-budgets",
+    "/run/nginx.pid",
+    "/var/log/nginx",
+)
 OTHERS = ("proxy", "fastcgi", "uwsgi", "scgi")
 NUMBERS: dict[str, Any] = {
     "gateway_ipv6": False, "gateway_server_names": [NAME, RESOLVED], "gateway_address_requests_per_minute": 600000, "gateway_address_burst": 10000,
@@ -272,6 +279,15 @@ class Gateway:
             for series, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))
         }
 
+    def restart(self, how: signal.Signals = signal.SIGQUIT) -> None:
+        """Stop Nginx and start it again."""
+        self.process.send_signal(how)
+        self.process.wait(20)
+        # one that was killed has left it
+        (self.directory / "run/vllm-gateway/admin.sock").unlink(missing_ok=True)
+        self.process = nginx(self.directory)
+        self.until(lambda: answers(self))
+
     def errors(self) -> str:
         return (self.directory / "var/log/nginx/error.log").read_text()[-3000:]
 
@@ -279,6 +295,14 @@ class Gateway:
         """The process ids of all workers, those of former configurations included."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
+
+
+def nginx(directory: Path) -> subprocess.Popen[bytes]:
+    """Start Nginx with the configuration of the directory."""
+    log = str(directory / "var/log/nginx/error.log")
+    return subprocess.Popen(
+        ["nginx", "-p", str(directory), "-c", str(directory / "nginx.conf"), "-e", log, "-g", "daemon off;"]
+    )
 
 
 def configuration(directory: Path, variables: dict[str, Any]) -> str:
@@ -298,7 +322,13 @@ def running(
     directory: Path, fleet: dict[str, Any], used: Sequence[str] | None = None, **variables: Any
 ) -> Iterator[Gateway]:
     """A gateway with this fleet.json, whose state says that these backends are used; without any, there is no state. Further variables of the role."""
-    for place in ("etc/vllm-gateway", "etc/ssl/vllm-fleet", "run/vllm-gateway", "var/log/nginx"):
+    for place in (
+        "etc/vllm-gateway",
+        "etc/ssl/vllm-fleet",
+        "run/vllm-gateway",
+        "var/lib/vllm-gateway-budgets",
+        "var/log/nginx",
+    ):
         (directory / place).mkdir(parents=True)
     certificate, key = make_pair(30, NAME, RESOLVED)
     (directory / "etc/ssl/vllm-fleet/fullchain.pem").write_text(certificate)
@@ -308,19 +338,7 @@ def running(
     ports = {"gateway_https_port": free_port(), "gateway_http_port": free_port()}
     conf = directory / "nginx.conf"
     conf.write_text(configuration(directory, {**NUMBERS, **ports, **variables}))
-    process = subprocess.Popen(
-        [
-            "nginx",
-            "-p",
-            str(directory),
-            "-c",
-            str(conf),
-            "-e",
-            str(directory / "var/log/nginx/error.log"),
-            "-g",
-            "daemon off;",
-        ]
-    )
+    process = nginx(directory)
     tls = ssl.create_default_context(cadata=certificate)
     gateway = Gateway(directory, ports["gateway_https_port"], process, tls)
     try:
@@ -330,8 +348,8 @@ def running(
             gateway.state({name: {} for name in used})
         yield gateway
     finally:
-        process.terminate()
-        process.wait(20)
+        gateway.process.terminate()
+        gateway.process.wait(20)
 
 
 def listens(pid: int) -> bool:

@@ -220,10 +220,12 @@ def test_tokens_of_a_minute(gateway: Gateway) -> None:
 
 @pytest.mark.parametrize("name", ["day", "month"])
 def test_tokens_of_a_day_and_a_month(gateway: Gateway, name: str) -> None:
-    """They survive a reload."""
+    """They survive a reload, and a stop of Nginx."""
     for _ in range(2):
         assert gateway.ask(CHAT, {"model": "small", "user": "40/15/0", "stream": True}, key=key(name)).status == 200
     gateway.configure({**FLEET, "gateway": "gw-2"})
+    assert gateway.ask(CHAT, {"model": "small", "user": "1/1/0"}, key=key(name)).status == 429
+    gateway.restart()
     refused = gateway.ask(CHAT, {"model": "small", "user": "1/1/0"}, key=key(name))
     assert refused.status == 429
     assert refused.error["code"] == "insufficient_quota"
@@ -281,8 +283,11 @@ class Own:
         return found
 
 
-@pytest.mark.parametrize("requests", [600])
-def test_nothing_is_lost(gateway: Gateway, requests: int) -> None:
+def test_nothing_is_lost(gateway: Gateway) -> None:
+    nothing_is_lost(gateway, 600)
+
+
+def nothing_is_lost(gateway: Gateway, requests: int) -> None:
     """By the counters, and by the log: what clients counted themselves, over reloads."""
     own = Own(gateway)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:

@@ -7,18 +7,15 @@ import json
 import ssl
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from tests import tiny_models
-from tests.gateway.backends import INTERNAL, Asked, Backend, Handler, failing, held, right, tokens
-from tests.gateway.harness import KEY, Gateway, document, route, running
-from tests.stand_in.local import unpack, up
+from tests.gateway.backends import Asked, Backend, Handler, failing, held, right, tokens
+from tests.gateway.harness import KEY, Gateway
+from tests.gateway.stand_ins import FEW, served
 
-FEW = "few-0123456789abcdef0123456789abcdef"
 TOOL = {
     "type": "function",
     "function": {
@@ -30,43 +27,10 @@ EMPTY_RESULT: dict[str, Any] = {"role": "tool", "tool_call_id": "call-1", "conte
 ODD = Backend("odd@gpu-2")
 
 
-class StandIn(Backend):
-    """A stand-in for vLLM behind the gateway."""
-
-    def __post_init__(self) -> None:
-        """Its port is told by who started it."""
-
-
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    site = unpack(tmp_path_factory.mktemp("site"))
-    servers, backends = [], []
-    for kind in ("generate", "embed"):
-        home: Path = tmp_path_factory.mktemp(kind)
-        (home / "stand_in.json").write_text('{"start_seconds": 0, "seconds_per_token": 0.01}')
-        options: dict[str, Any] = {
-            "model": str(tiny_models.write(home, kind)),
-            "served-model-name": [kind],
-            "max-model-len": "auto",
-        }
-        server = up(site, home, INTERNAL, **options)
-        backend = StandIn(f"{kind}@gpu-1")
-        backend.port = server.port
-        servers.append(server)
-        backends.append(backend)
-    chat, embed = backends
-    routes = [
-        route("generate", [chat], aliases=["gpt-4o"]),
-        route("embed", [embed], paths=["/v1/embeddings"]),
-        route("odd", [ODD]),
-    ]
-    clients: dict[str, dict[str, Any]] = {"team-a": {}, "few": {"concurrent_requests": 1, "models": ["odd"]}}
-    keys = {KEY: {"client": "team-a"}, FEW: {"client": "few"}}
-    with running(tmp_path_factory.mktemp("clients"), document(routes, [chat, embed, ODD], clients, keys)) as gateway:
+    with served(tmp_path_factory.mktemp("clients"), ODD) as gateway:
         yield gateway
-    for server in servers:
-        server.process.kill()
-        server.process.wait()
 
 
 @pytest.fixture(autouse=True)

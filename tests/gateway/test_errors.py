@@ -90,7 +90,7 @@ def test_a_bad_question_is_passed_on_as_it_is(gateway: Gateway) -> None:
         (405, '{"detail":"Method Not Allowed"}', "application/json", "Method Not Allowed"),
         (422, '{"detail":[{"type":"missing","loc":["body","x"],"msg":"Field required"}]}', "application/json", "Field required"),
         (400, "Invalid HTTP request received.", "text/plain; charset=utf-8", "The request is malformed."),
-        (401, '{"error":"Unauthorized"}', "application/json", None), (400, "", "text/plain", "The request is malformed."),
+        (403, '{"error":"Forbidden"}', "application/json", None), (400, "", "text/plain", "The request is malformed."),
         (501, '{"detail":"The model does not support it"}', "application/json", "The model does not support it"),
     ],
 )  # fmt: skip

@@ -36,6 +36,14 @@ STOPPING = {
         "code": 500,
     }
 }
+UNKNOWN = {
+    "error": {
+        "message": "The internal key is missing or wrong.",
+        "type": "authentication_error",
+        "param": None,
+        "code": "invalid_api_key",
+    }
+}
 HEADER = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 EVENT = b'data: {"choices": [{"delta": {"content": "one"}}]}\n\n'
 FIRST_CHUNK = b"%x\r\n%s\r\n" % (len(EVENT), EVENT)
@@ -128,6 +136,7 @@ FAULTS = {
     "is full": Fault(busy(), 503, True),
     "is full and says until when": Fault(busy(Retry_After="7"), 503, True),
     "says 504": Fault(failing(504), 504, False),
+    "does not know the gateway's key": Fault(lambda handler, _asked: handler.reply(401, UNKNOWN, WWW_Authenticate="Bearer"), 502, True),
     # no fault of the backend
     "finds the question wrong": Fault(failing(400), 400, False),
     "says 422": Fault(failing(422), 422, False),
@@ -289,6 +298,7 @@ def judge(case: tuple[str, int, bool, bool], seen: Seen, asked: list[str]) -> No
     name, backends, retry, stream = case
     fault, told = FAULTS[name], (name_of(case), seen, asked)
     again = fault.again and backends == 2 and retry
+    assert "www-authenticate" not in seen.headers, told
     assert asked == (["bad"] if fault.answer else []) + (["good"] if again else []), told
     assert -0.1 <= seen.seconds - fault.seconds < 3, told
     if again:

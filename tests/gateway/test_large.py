@@ -25,7 +25,7 @@ def large(backend: Backend, routes: int = ROUTES, clients: int = CLIENTS) -> dic
     for number, one in enumerate(backends):
         one.id, one.host, one.port = f"instance{number}@gpu-{number % 50}", backend.host, backend.port
     made = [route(f"model-{number}", [one], aliases=[f"alias-{number}"]) for number, one in enumerate(backends)]
-    names = {f"client-{number}": {} for number in range(clients)}
+    names: dict[str, dict[str, Any]] = {f"client-{number}": {} for number in range(clients)}
     keys = {key_of(number): {"client": f"client-{number}"} for number in range(clients)} | {KEY: {"client": "client-0"}}
     return document(made, backends, names, keys)
 

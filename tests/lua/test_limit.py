@@ -337,6 +337,24 @@ def test_days_and_months_end_in_utc(limits: Limits, now: str, limit: str, back: 
     assert limits.used("a", end)[limit] == 0
 
 
+@pytest.mark.parametrize(
+    ("then", "now", "day", "month"),
+    [
+        ("2026-11-30 00:00:00", "2026-11-30 23:59:59", 7, 50),
+        ("2026-11-29 23:59:59", "2026-11-30 00:00:00", 0, 50),
+        ("2026-11-30 23:59:59", "2026-12-01 00:00:00", 0, 0),
+        ("2025-11-30 12:00:00", "2026-11-30 12:00:00", 0, 0),
+    ],
+)
+def test_what_was_used_is_put_back_while_it_counts(limits: Limits, then: str, now: str, day: int, month: int) -> None:
+    """A day or a month that is over is over, also when Nginx was not there at its end."""
+    limits.new()
+    limits.at(utc(now), "restore", "a", utc(then), {"day": 7, "month": 50}, utc(now))
+    assert limits.used("a", utc(now)) == {"day": day, "month": month}
+    later = utc("2027-01-01 00:00:00")
+    assert limits.at(later, "used", "a", later) == {"day": 0, "month": 0}
+
+
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=200, deadline=None)
 def test_budgets_are_those_of_a_simple_model(limits: Limits, seed: int) -> None:

@@ -59,9 +59,7 @@ function answer.error(request, retry_after)
     end
     ngx.header["Retry-After"] = refusal.retry_after or retry_after
     ngx.header["Allow"] = refusal.allow
-    if status == 401 then
-        ngx.header["WWW-Authenticate"] = "Bearer"
-    end
+    ngx.header["WWW-Authenticate"] = status == 401 and "Bearer" or nil
     answer.say(answer.text(status, refusal.code, refusal.message, refusal.param))
 end
 

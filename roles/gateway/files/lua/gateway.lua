@@ -3,6 +3,7 @@ local account = require "account"
 local answer = require "answer"
 local balance = require "balance"
 local balancer = require "ngx.balancer"
+local budgets = require "budgets"
 local cjson = require "cjson.safe"
 local fleet = require "fleet"
 local limit = require "limit"
@@ -35,6 +36,7 @@ function gateway.load(told)
     settings = told
     fleet.load(told.fleet, told.internal_key)
     state.load(told.state)
+    budgets.load(told.budgets)
 end
 
 -- init_worker_by_lua
@@ -46,7 +48,15 @@ function gateway.start()
         ngx.timer.every(1, function()
             limit.sweep(limits, state.sweep())
         end)
+        ngx.timer.every(10, function()
+            budgets.save(function() ngx.sleep(0.001) end)
+        end)
     end
+end
+
+-- exit_worker_by_lua
+function gateway.stop()
+    budgets.save()
 end
 
 -- The key that a client sent, whatever the header its library puts it into.
@@ -239,6 +249,11 @@ end
 function gateway.again()
     local request = current()
     local status = tonumber((ngx.var.upstream_status or ""):match("%d+$")) or 502
+    if status == 401 then
+        -- the backend does not know the gateway's key: no fault of the client's, and none of its business
+        status = 502
+        ngx.header["WWW-Authenticate"] = nil
+    end
     local former = request.backend
     leave(request)
     state.failed(former.id)

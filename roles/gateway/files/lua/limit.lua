@@ -10,7 +10,8 @@
 --   tokens(dict, name, limits, now)           whether a client has tokens left: true, what is left of this minute's, seconds until all are;
 --                                             or false, seconds until it has some again, and of which limit it has none: "minute", "day" or "month".
 --   charge(dict, name, limits, count, now)    counts what an answer used. `limits` has tokens_per_minute, tokens_per_day, tokens_per_month
---   used(dict, name, now)                     {day, month} of tokens, for the page of the state
+--   used(dict, name, now)                     {day, month}: tokens of this day and this month
+--   restore(dict, name, time, used, now)      puts back what was used at a time; a day or a month that is over is left out
 --   duration(seconds)                         as OpenAI writes it in its headers: 1m30s, 250ms
 --
 -- Days and months are those of UTC. A minute is none of the clock: what flows back all the time is a minute's worth at most, and never more than that
@@ -231,6 +232,17 @@ end
 
 function limit.used(dict, name, now)
     return { day = dict:get(day_key(name, now)) or 0, month = dict:get(month_key(name, now)) or 0 }
+end
+
+local function put_back(dict, key, key_now, count, seconds)
+    if key == key_now then
+        dict:set(key, count, seconds)
+    end
+end
+
+function limit.restore(dict, name, time, used, now)
+    put_back(dict, day_key(name, time), day_key(name, now), used.day, until_tomorrow(now) + 1)
+    put_back(dict, month_key(name, time), month_key(name, now), used.month, until_next_month(now) + 1)
 end
 
 -- What clients are told.
