@@ -66,7 +66,7 @@ def fleet(site: Path, tmp_path: Path) -> Iterator[Fleet]:
         home = tmp_path / name
         home.mkdir()
         (home / "stand_in.json").write_text('{"start_seconds": 0}')
-        instance = Instance(name, up(site, home, key=INTERNAL))
+        instance = Instance(name, up(site, home, INTERNAL))
         instance.agent.says("chat")
         serve(instance.agent, authority, home)
         made.append(instance)

@@ -58,7 +58,7 @@ def unpack(directory: Path) -> Path:
     return directory / "site"
 
 
-def start(site: Path, home: Path, key: str = KEY, **options: object) -> tuple[subprocess.Popen[bytes], int, Path]:
+def start(site: Path, home: Path, key: str = KEY, /, **options: object) -> tuple[subprocess.Popen[bytes], int, Path]:
     """Start one with a configuration as the role writes it."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -84,7 +84,7 @@ def start(site: Path, home: Path, key: str = KEY, **options: object) -> tuple[su
     return process, port, output
 
 
-def up(site: Path, home: Path, key: str = KEY, **options: object) -> Running:
+def up(site: Path, home: Path, key: str = KEY, /, **options: object) -> Running:
     """Start one and wait until it listens."""
     process, port, output = start(site, home, key, **options)
     end = time.monotonic() + 20

@@ -449,6 +449,16 @@ def test_without_a_certificate_hosts_have_no_opinion(gateway: Checks, backend: A
     assert not gateway.used("chat@a")
 
 
+def test_a_certificate_that_does_not_fit_its_key_stops_no_check(gateway: Checks, backend: Any, agent: Agent) -> None:
+    (gateway.path("credentials") / "fleet_key").write_text(gateway.authority.sign("gw-1")[1])
+    gateway.has("chat@a", backend.url, agent)
+    gateway.configure()
+    gateway.start()
+    assert gateway.used("chat@a")
+    assert "the certificate of the fleet cannot be used (KEY_VALUES_MISMATCH)" in gateway.log
+    assert agent.told == []
+
+
 def test_an_agent_of_another_authority_is_not_believed(gateway: Checks, backend: Any, tmp_path: Path) -> None:
     wrong = Agent()
     wrong.says("chat", "drained")

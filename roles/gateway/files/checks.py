@@ -124,9 +124,16 @@ class Service:
         ca, *pair = (self.settings.credentials / f"fleet_{name}" for name in ("ca", "cert", "key"))
         if any(not file.is_file() or "-----BEGIN" not in file.read_text() for file in (ca, *pair)):
             return None
-        context = ssl.create_default_context(cafile=str(ca))
+        try:
+            context = ssl.create_default_context(cafile=str(ca))
+            context.load_cert_chain(*pair)
+        except ssl.SSLError as error:
+            log(
+                f"the certificate of the fleet cannot be used ({error.reason}): no host is asked what it wants",
+                warning=True,
+            )
+            return None
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_cert_chain(*pair)
         return context
 
     # What is known
