@@ -8,10 +8,11 @@ import ipaddress
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 
-def make_pair(days: int = 30, name: str = "given.test", *also: str) -> tuple[str, str]:
-    """A certificate that signs itself, valid for so many days from now, and its key; both PEM. `also`: further names."""
+def make_pair(days: int = 30, name: str = "given.test") -> tuple[str, str]:
+    """A certificate that signs itself, valid for so many days from now, and its key; both PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     begin = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=60)
@@ -19,7 +20,7 @@ def make_pair(days: int = 30, name: str = "given.test", *also: str) -> tuple[str
         x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
         .not_valid_before(begin)
         .not_valid_after(begin + datetime.timedelta(days=60 + days))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(one) for one in (name, *also)]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
         .sign(key, hashes.SHA256())
     )
     pem = serialization.Encoding.PEM
@@ -32,7 +33,9 @@ class Authority:
 
     def __init__(self, certificate: str = "", key: str = "", name: str = "Test CA") -> None:
         if key:
-            self.key = serialization.load_pem_private_key(key.encode(), None)
+            read = serialization.load_pem_private_key(key.encode(), None)
+            assert isinstance(read, ec.EllipticCurvePrivateKey)
+            self.key = read
             self.certificate = x509.load_pem_x509_certificate(certificate.encode())
             return
         self.key = ec.generate_private_key(ec.SECP256R1())
@@ -66,7 +69,7 @@ class Authority:
     def sign(self, name: str, address: str = "127.0.0.1", days: int = 30, client: bool = True) -> tuple[str, str]:
         """A certificate for a host and its key, both PEM; without `client` it is for a server and nothing else."""
         key = ec.generate_private_key(ec.SECP256R1())
-        usages = [x509.ExtendedKeyUsageOID.SERVER_AUTH, *([x509.ExtendedKeyUsageOID.CLIENT_AUTH] if client else [])]
+        usages = [ExtendedKeyUsageOID.SERVER_AUTH, *([ExtendedKeyUsageOID.CLIENT_AUTH] if client else [])]
         begin = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=60)
         signed = (
             x509.CertificateBuilder(
@@ -79,9 +82,7 @@ class Authority:
             .not_valid_after(begin + datetime.timedelta(days=60 + days))
             .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))]), critical=False)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(self.certificate.public_key()), critical=False
-            )
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
             .sign(self.key, hashes.SHA256())
         )
         pem = serialization.Encoding.PEM

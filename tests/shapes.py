@@ -1,7 +1,8 @@
 """Every public variable in every wrong shape, as a whole and one level down, and what the preflight of its role says of each.
 
 The cases are made of the argument specs, so a new variable is here by itself. They are judged by the action that a preflight runs, with the
-values below, in one process, which prints a line of JSON for each. A program of its own because Ansible finds the filters of a collection only
+values below, in one process, which prints a line of JSON for each. With a role and facts of a host in JSON as arguments, it prints what the role
+says of such a host instead. A program of its own because Ansible finds the filters of a collection only
 where its loader came before the first import. tests/unit/test_shapes.py starts it.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,6 +229,12 @@ def remembered(compile_text: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
+def judge_facts(name: str, changed: Mapping[str, Any]) -> list[str]:
+    """What the preflight of a role says of a host with these facts, and right variables."""
+    given = {option: VALUES[option] for option in specs.roles()[name] if option in VALUES}
+    return judge(name, {**given, "ansible_facts": {"gpufleet": {**facts(), **changed}}})
+
+
 def main() -> None:
     """Judge all cases."""
     Environment.compile = remembered(Environment.compile)  # type: ignore[method-assign]
@@ -257,4 +265,7 @@ if __name__ == "__main__":
     from ansible_collections.gpufleet.llm.plugins.modules import host_facts
     from ansible_collections.gpufleet.llm.plugins.plugin_utils import specs
 
-    main()
+    if len(sys.argv) == 3:
+        print(json.dumps(judge_facts(sys.argv[1], json.loads(sys.argv[2]))))
+    else:
+        main()

@@ -45,7 +45,7 @@ def gateway_route_problems(
     group: str,
 ) -> list[str]:
     """Routes that lead nowhere, or of which nobody could tell which is meant."""
-    there = problems.Fleet(hostvars, hosts, gateways)
+    there = problems.Fleet.of(hostvars, hosts, gateways)
     return [
         *problems.instance_problems(routes, there, group),
         *problems.name_problems(routes),
@@ -61,7 +61,7 @@ def gateway_path_problems(
     paths: Sequence[str],
 ) -> list[str]:
     """Routes whose instances cannot have the paths, as far as their options say what they are for."""
-    return problems.path_problems(routes, problems.Fleet(hostvars, hosts, gateways), paths)
+    return problems.path_problems(routes, problems.Fleet.of(hostvars, hosts, gateways), paths)
 
 
 def gateway_warnings(
@@ -72,7 +72,7 @@ def gateway_warnings(
     gateways: Sequence[str],
 ) -> list[str]:
     """What is allowed and may not be meant."""
-    return problems.warnings(routes, clients, problems.Fleet(hostvars, hosts, gateways), time.time())
+    return problems.warnings(routes, clients, problems.Fleet.of(hostvars, hosts, gateways), time.time())
 
 
 def gateway_asker(
@@ -122,7 +122,7 @@ def gateway_outside_problems(
     found = []
     for name in outside:
         routes = hostvars[name].get("gateway_routes") or []
-        said = problems.instance_problems(routes, problems.Fleet(hostvars, hosts, gateways), group)
+        said = problems.instance_problems(routes, problems.Fleet.of(hostvars, hosts, gateways), group)
         if not routes:
             said = ["gateway_routes has no entry; a gateway has at least one"]
         elif not hostvars[name].get("gateway_server_names"):

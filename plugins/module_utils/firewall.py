@@ -59,9 +59,13 @@ table inet vllm_fleet {{
 """
 
 
+# A protocol without ports
+VRRP = "vrrp"
+
+
 @dataclass(frozen=True)
 class Rule:
-    """Networks that may reach ports."""
+    """Networks that may reach ports, or speak a protocol that has none."""
 
     name: str
     ports: Sequence[str]
@@ -74,11 +78,37 @@ def ssh(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> lis
     return [Rule("SSH", [str(port) for port in settings["ssh_ports"]], settings["admin_networks"])]
 
 
+def other_gateways(host: str, settings: Mapping[str, Any]) -> list[str]:
+    """The gateways beside this one; none where the host is no gateway."""
+    gateways = settings["gateways"]
+    return [name for name in gateways if name != host] if host in gateways else []
+
+
 def gateway(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> list[Rule]:
     """What clients talk to, on gateways."""
     if host not in settings["gateways"]:
         return []
     return [Rule("gateway", [str(port) for port in settings["gateway_ports"]], settings["client_networks"])]
+
+
+def challenges(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> list[Rule]:
+    """Where gateways ask each other for the challenges of a certificate authority (ACME), when they have their certificates from one."""
+    others = (
+        [fleet.fleet_address(hostvars, name) for name in other_gateways(host, settings)]
+        if settings["challenge_ports"]
+        else []
+    )
+    return [Rule("challenges", [str(port) for port in settings["challenge_ports"]], others)]
+
+
+def virtual_address(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> list[Rule]:
+    """What gateways that share an address tell each other (VRRP)."""
+    others = (
+        [fleet.fleet_address(hostvars, name) for name in other_gateways(host, settings)]
+        if settings["virtual_address"]
+        else []
+    )
+    return [Rule("virtual address", [], others, VRRP)]
 
 
 def instances(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> list[Rule]:
@@ -123,20 +153,29 @@ def extra(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> l
 
 # Ports between the hosts of an instance that spans several will be one more of these.
 SOURCES: tuple[Callable[[fleet.HostVars, str, Mapping[str, Any]], list[Rule]], ...] = (
-    ssh, gateway, instances, agent, models, metrics, extra,
+    ssh, gateway, challenges, virtual_address, instances, agent, models, metrics, extra,
 )  # fmt: skip
 
 
 def rules(hostvars: fleet.HostVars, host: str, settings: Mapping[str, Any]) -> list[Rule]:
     """Everything that is open on a host, in a fixed order. What no network may reach or has no port is left out."""
     found = [rule for source in SOURCES for rule in source(hostvars, host, settings)]
-    return [rule for rule in found if rule.ports and rule.networks]
+    return [rule for rule in found if (rule.ports or rule.protocol == VRRP) and rule.networks]
 
 
 def lines(found: Sequence[Rule], published: bool) -> str:
     """Rules as nftables reads them, for ports of the host or for those that containers publish."""
     told = []
     for rule in found:
+        if rule.protocol == VRRP:
+            told += (
+                []
+                if published
+                else [
+                    f"\t\t{source}ip protocol vrrp accept {comment(rule.name)}\n" for source in matches(rule.networks)
+                ]
+            )
+            continue
         port = f"meta l4proto {rule.protocol} ct original proto-dst" if published else f"{rule.protocol} dport"
         told += [
             f"\t\t{source}{port} {port_set(rule.ports)} accept {comment(rule.name)}\n"

@@ -27,7 +27,7 @@ BURST_SECONDS = 10
 BURST_LEAST = 5
 # How a route chooses among its backends; the first is the default.
 BALANCES = ("least", "prefix", "session")
-# What tells one session from another where a request has it; then `user` and `prompt_cache_key` of its body.
+# What tells one session from another where a request has it; then `prompt_cache_key` and `user` of its body.
 SESSION_HEADER = "x-session-id"
 MOMENT = re.compile(r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d(?::\d\d)?)(?:\.\d+)?([Zz]|[+-]\d\d:\d\d)?)?")
 # Where the agent of a host listens, unless host_agent_port says otherwise.
@@ -35,6 +35,9 @@ AGENT_PORT = 9440
 
 # With these a request can name an address that the server connects to: media, and the peer that has a prompt's cache.
 FETCHING_OPTIONS = ("allowed-media-domains", "kv-transfer-config", "ec-transfer-config")
+
+# The variables of a host that say what it serves, and where.
+OF_BACKENDS = ("vllm_instances", "fleet_address", "ansible_host", "host_agent_port")
 
 HostVars = Mapping[str, Mapping[str, Any]]
 
@@ -197,6 +200,11 @@ def moment(value: Any) -> int:
     day, clock, zone = found.groups()
     zone = "+00:00" if zone in (None, "Z", "z") else zone
     return int(datetime.fromisoformat(f"{day}T{clock or '00:00'}{zone}").timestamp())
+
+
+def read(hostvars: HostVars, hosts: Sequence[str]) -> HostVars:
+    """What decides about backends, each variable of a host rendered once: that is what takes long when there are many routes."""
+    return {host: {name: hostvars[host].get(name) for name in OF_BACKENDS} for host in hosts if host in hostvars}
 
 
 def is_address(name: str) -> bool:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_kinds import Work
@@ -201,14 +202,14 @@ class Wish:
 
     @classmethod
     def of(cls, told: Mapping[str, Any], before: Wish, now: float) -> Wish:
-        """From an answer of the host's agent. Where that does not say since when, it is since this gateway heard of it."""
+        """From an answer of the host's agent. Since when, it says itself, so that all gateways let the same one go first."""
         operator = str(told.get("operator") or "up")
         wish = cls(operator, bool(told.get("leaving")), str(told.get("by") or ""), str(told.get("reason") or ""))
         if not wish.wants_out:
             return wish
-        asked = told.get("asked")
-        since = float(asked) if isinstance(asked, int | float) else (before.asked if before.wants_out else now)
-        return replace(wish, asked=since)
+        asked = [told.get("asked") if wish.leaving else None, moment(told.get("since")) if operator != "up" else None]
+        times = [float(time) for time in asked if isinstance(time, int | float)]
+        return replace(wish, asked=min(times, default=before.asked if before.wants_out else now))
 
     @classmethod
     def remembered(cls, told: Mapping[str, Any]) -> Wish:
@@ -231,6 +232,15 @@ class Wish:
             return "its host is about to stop it"
         who = f"{self.operator} by {self.by}" if self.by else f"{self.operator} by an operator"
         return one_line(f"{who}: {self.reason}" if self.reason else who)
+
+
+def moment(text: object) -> float | None:
+    """A time as operators' programs write it, in seconds of the epoch; nothing where it is none."""
+    try:
+        found = datetime.fromisoformat(str(text).replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return found.timestamp() if found.tzinfo else None
 
 
 @dataclass(frozen=True)

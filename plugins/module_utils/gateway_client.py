@@ -38,6 +38,7 @@ def view(
     default_paths: Sequence[str],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The models that a client may ask for, each once, with the aliases and the paths of all its routes."""
+    hostvars = fleet.read(hostvars, hosts)
     found: dict[str, dict[str, Any]] = {}
     for route in map(fleet.Route.of, routes):
         if client.may(route):

@@ -16,6 +16,7 @@ QUEUE_BOUND = "max-num-queued-reqs"
 
 def document(hostvars: fleet.HostVars, gateway: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The data of a gateway. `asked` has its routes, clients, paths and internal_key, the hosts and gateways of the fleet, and settings."""
+    hostvars = fleet.read(hostvars, asked["hosts"])
     routes = list(map(fleet.Route.of, asked["routes"]))
     clients = list(map(fleet.Client.of, asked["clients"]))
     behind = {
@@ -43,6 +44,7 @@ def with_backends(
         raise fleet.FleetError(
             f"its fleet.json has version {present.get('version')}, this run writes version {VERSION}"
         )
+    hostvars = fleet.read(hostvars, hosts)
     behind = {
         route["instance"]: fleet.backends(hostvars, route["instance"], hosts, gateways) for route in present["routes"]
     }

@@ -38,6 +38,11 @@ class Fleet:
     hosts: Sequence[str]
     gateways: Sequence[str]
 
+    @classmethod
+    def of(cls, hostvars: fleet.HostVars, hosts: Sequence[str], gateways: Sequence[str]) -> Fleet:
+        """What the inventory says of it."""
+        return cls(fleet.read(hostvars, hosts), hosts, gateways)
+
     def backends(self, instance: str) -> list[fleet.Backend]:
         """The backends of an instance; none where they cannot be told, which is a problem of its own."""
         try:
@@ -185,22 +190,22 @@ def told_by(found: Sequence[fleet.Backend]) -> str:
 def access_problems(routes: Sequence[Entry], clients: Sequence[Entry]) -> list[str]:
     """Routes for clients, and clients with models, that do not exist."""
     problems = []
-    names = [str(client.get("name")) for client in clients]
+    names = dict.fromkeys(str(client.get("name")) for client in clients)
     for where, _entry, route in labelled(routes):
         if route.clients == ():
             problems.append(f"{where}: clients is empty, so nobody may ask for the model; leave it out for all clients")
         for name in route.clients or ():
             if name not in names:
                 problems.append(
-                    f"{where}: {name} in clients is none of gateway_clients{similar(name, names) or f'; there are {listed(names)}'}"
+                    f"{where}: {name} in clients is none of gateway_clients{similar(name, names) or f'; there are {listed([*names])}'}"
                 )
     every = [fleet.Route.of(route) for route in routes]
-    models = list(dict.fromkeys(route.model for route in every))
+    models = dict.fromkeys(route.model for route in every)
     for client in clients:
         for model in fleet.names(client.get("models")) or ():
             if model not in models:
                 meant = [route.model for route in every if model in route.aliases]
-                hint = f"; it is an alias of {meant[0]}, name that" if meant else f"; there are {listed(models)}"
+                hint = f"; it is an alias of {meant[0]}, name that" if meant else f"; there are {listed([*models])}"
                 problems.append(
                     f"gateway_clients: {model} in models of {client.get('name')} is no model of gateway_routes{hint}"
                 )
@@ -210,7 +215,7 @@ def access_problems(routes: Sequence[Entry], clients: Sequence[Entry]) -> list[s
 def client_problems(clients: Sequence[Entry], internal_key: str, now: float) -> list[str]:
     """Names, keys and limits of clients that cannot be."""
     problems: list[str] = []
-    names: list[str] = []
+    names: set[str] = set()
     owners = {fleet.sha256(internal_key): ""}
     for number, client in enumerate(clients):
         name = str(client.get("name", ""))
@@ -221,7 +226,7 @@ def client_problems(clients: Sequence[Entry], internal_key: str, now: float) -> 
             name = f"gateway_clients[{number}]"
         elif name in names:
             problems.append(f"gateway_clients: the name {name} is used twice; give each client a name of its own")
-        names.append(name)
+        names.add(name)
         problems += key_problems(name, client, owners, now)
         for limit, least in LIMITS.items():
             # what is no number is told by the argument spec
@@ -291,28 +296,42 @@ def entry_problems(where: str, entry: Entry) -> list[str]:
 def warnings(routes: Sequence[Entry], clients: Sequence[Entry], there: Fleet, now: float) -> list[str]:
     """What is allowed and may not be meant: keys that are at their end, and wishes without effect. For routes and clients without mistakes."""
     every = [fleet.Route.of(route) for route in routes]
+    heeded = {
+        route.instance
+        for route in every
+        if any(gateway_fleet.has_priorities(backend.instance) for backend in there.backends(route.instance))
+    }
+    of_model: dict[str, list[fleet.Route]] = {}
+    for route in every:
+        of_model.setdefault(route.model, []).append(route)
     said = []
     for client in map(fleet.Client.of, clients):
-        expired = [key for key in client.keys if key.expired(now)]
-        said += [
-            f"a key of {client.name} expired on {day(key.expires)}; take it out of gateway_clients" for key in expired
-        ]
-        left = [key.expires for key in client.keys if key not in expired]
-        ends = [end for end in left if end is not None]
-        if left and len(ends) == len(left) and max(ends) < now + SOON:
-            said.append(f"the last key of {client.name} expires on {day(max(ends))}; give it another one in `keys`")
-        usable = [route for route in every if client.may(route)]
-        if not usable:
+        said += key_warnings(client, now)
+        named = (
+            every if client.models is None else [route for model in client.models for route in of_model.get(model, [])]
+        )
+        if not any(client.may(route) for route in named):
             said.append(
                 f"{client.name} may ask for no model: its `models` and the `clients` of gateway_routes exclude each other"
             )
-        heeding = [
-            route for route in usable for backend in there.backends(route.instance) if gateway_fleet.has_priorities(backend.instance)
-        ]  # fmt: skip
-        if client.priority is not None and usable and not heeding:
+        elif client.priority is not None and not any(client.may(route) and route.instance in heeded for route in named):
             said.append(
                 f"priority of {client.name} has no effect: none of the instances that it may ask has the option scheduling-policy: priority"
             )
+    return said
+
+
+def key_warnings(client: fleet.Client, now: float) -> list[str]:
+    """Keys that have ended, and a last one that is about to."""
+    said = [
+        f"a key of {client.name} expired on {day(key.expires)}; take it out of gateway_clients"
+        for key in client.keys
+        if key.expired(now)
+    ]
+    left = [key.expires for key in client.keys if not key.expired(now)]
+    ends = [end for end in left if end is not None]
+    if left and len(ends) == len(left) and max(ends) < now + SOON:
+        said.append(f"the last key of {client.name} expires on {day(max(ends))}; give it another one in `keys`")
     return said
 
 

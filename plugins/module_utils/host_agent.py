@@ -206,7 +206,7 @@ def content(answer: bytes) -> str:
 
 def unchunked(body: bytes) -> bytes:
     """A body without its chunks. ValueError when it is not whole."""
-    parts = []
+    parts: list[bytes] = []
     while True:
         size, separator, rest = body.partition(b"\r\n")
         length = int(size.split(b";")[0], 16) if separator else -1
@@ -248,6 +248,6 @@ def merged(found: Mapping[str, str | None]) -> str:
     lines += [
         f'vllm_fleet_instance_up{{instance_name="{name}"}} {int(text is not None)}' for name, text in found.items()
     ]
-    for family in families.values():
-        lines += [line for part in ("HELP", "TYPE", "series") for line in family.get(part, []) if family.get("series")]
+    for told in families.values():
+        lines += [line for part in ("HELP", "TYPE", "series") for line in told.get(part, []) if told.get("series")]
     return "\n".join(lines) + "\n"

@@ -90,7 +90,7 @@ class Instance:
         begun, before = time.monotonic(), self.work()
         while before.load and time.monotonic() - begun < seconds:
             time.sleep(1.0)
-            if (after := self.work()).load and after.done != before.done:
+            if (after := self.work()).load and (after.done, after.kv) != (before.done, before.kv):
                 return True
         return False
 

@@ -31,8 +31,14 @@ PROGRAM = "/run/vllm/judge.py"
 
 def request(wanted: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """What the program is asked. `config` is what the instance wishes, with the very revisions of its models."""
+    environment = wanted["environment"]
     scratch = {name: f"/tmp/vllm{path}" for name, path in CACHES.items()}  # noqa: S108 - a private one, gone afterwards
-    return {"environment": {**wanted["environment"], **scratch}, "config": render_config(config), "wish": dict(config)}
+    return {
+        "environment": {**environment, **scratch},
+        "cache": environment.get("VLLM_CACHE_ROOT", ""),
+        "config": render_config(config),
+        "wish": dict(config),
+    }
 
 
 def record_key(asked: Mapping[str, Any], holds_for: Sequence[Any]) -> str:

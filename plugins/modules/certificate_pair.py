@@ -53,6 +53,14 @@ options:
     description: Days that it has to be valid for from now on.
     type: float
     default: 0
+  life:
+    description: Share of its whole life that has to be left.
+    type: float
+    default: 0
+  pair:
+    description: What the name of the directory that C(current) leads to has to begin with.
+    type: str
+    default: ""
 attributes:
   check_mode:
     description: Changes nothing.
@@ -102,6 +110,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 FIELDS = {
+    "from": re.compile(r"^notBefore=(.+)$", re.MULTILINE),
     "until": re.compile(r"^notAfter=(.+)$", re.MULTILINE),
     "issuer": re.compile(r"^issuer=(?:\n .*)*?\n\s*commonName\s*= (.*)$", re.MULTILINE),
     "subject": re.compile(r"^subject=(?:\n .*)*?\n\s*commonName\s*= (.*)$", re.MULTILINE),
@@ -125,7 +134,13 @@ def described(text: str) -> dict[str, str]:
 
 
 def problem(
-    found: dict[str, str], names: Sequence[str], authority: str | None, days: float, now: float, subject: str = ""
+    found: dict[str, str],
+    names: Sequence[str],
+    authority: str | None,
+    days: float,
+    now: float,
+    subject: str = "",
+    life: float = 0,
 ) -> str:
     """What is wrong with a certificate, or nothing. Without an authority it does not matter who signed it."""
     wanted, there = {plain(name) for name in names}, {plain(name) for name in found["names"].split(",") if name}
@@ -136,7 +151,10 @@ def problem(
     if authority is not None and found["issuer"] != authority:
         return f"the certificate was signed by {found['issuer'] or 'nobody known'}"
     left = (ssl.cert_time_to_seconds(found["until"]) - now) / 86400
-    return "" if left > days else f"the certificate is valid for {left:.0f} days"
+    if left <= days:
+        return f"the certificate is valid for {left:.0f} days"
+    whole = left + (now - ssl.cert_time_to_seconds(found["from"])) / 86400
+    return "" if left > whole * life else f"the certificate is valid for {left:.1f} of its {whole:.0f} days"
 
 
 def authority_of(module: AnsibleModule) -> Path | None:
@@ -170,7 +188,7 @@ def look(module: AnsibleModule) -> str:
     if not shutil.which("openssl"):
         return "openssl is not installed"
     shown = [
-        "openssl", "x509", "-in", str(certificate), "-noout", "-pubkey", "-enddate", "-issuer", "-subject",
+        "openssl", "x509", "-in", str(certificate), "-noout", "-pubkey", "-startdate", "-enddate", "-issuer", "-subject",
         "-nameopt", "multiline,utf8,-esc_msb", "-ext", "subjectAltName",
     ]  # fmt: skip
     status, output, error = module.run_command(shown)
@@ -185,9 +203,13 @@ def look(module: AnsibleModule) -> str:
     if given["certificate"]:
         same = certificate.read_text().strip() == given["certificate"].strip()
         return "" if same else "the certificate is another one"
+    pair = (directory / "current").resolve().name
+    if not pair.startswith(given["pair"]):
+        return "the certificate was not ordered as it is wanted now"
     authority = authority_of(module)
-    name = None if authority else given["authority_name"]
-    return problem(found, given["names"], name, given["days"], time.time(), given["common_name"]) or (
+    anybody = authority or not (given["authority_files"] or given["authority_name"])
+    name = None if anybody else given["authority_name"]
+    return problem(found, given["names"], name, given["days"], time.time(), given["common_name"], given["life"]) or (
         unsigned(module, authority, certificate) if authority else ""
     )
 
@@ -202,6 +224,8 @@ ARGUMENTS: dict[str, Any] = {
     "authority_name": {"type": "str", "default": ""},
     "authority_files": {"type": "list", "elements": "path", "default": []},
     "days": {"type": "float", "default": 0.0},
+    "life": {"type": "float", "default": 0.0},
+    "pair": {"type": "str", "default": ""},
 }
 
 

@@ -157,6 +157,19 @@ def test_demo_tells_how_to_ask(fleet: Fleet) -> None:
     assert (DIRECTORY / "access.json").stat().st_mode & 0o077 == 0
 
 
+def test_what_the_page_for_clients_says_works(fleet: Fleet) -> None:
+    page = (ROOT / "docs/clients.md").read_text().replace("qwen2.5-7b", fleet.model).replace("bge-m3", EMBEDDING)
+    python = page.partition("### openai for Python")[2].partition("```python\n")[2].partition("```")[0]
+    curl = page.partition("### curl\n")[2].partition('`"stream"')[0]
+    told = {
+        "FLEET": fleet.access["base_url"].removesuffix("/v1"), "FLEET_KEY": fleet.key, "SSL_CERT_FILE": fleet.access["ca_file"],
+    }  # fmt: skip
+    assert program(sys.executable, "-c", python, environment=told).output.endswith("numbers: 128\n")
+    directory = Path(fleet.access["ca_file"]).parent
+    done = program("sh", "-c", f"cd {directory} && {curl.strip()}", environment=told)
+    assert json.loads(done.output[done.output.index("{") :])["choices"][0]["message"]["content"]
+
+
 def test_a_second_run_changes_nothing_and_asks_each_host_little(fleet: Fleet, tmp_path: Path) -> None:
     counted = tmp_path / "calls.json"
     done = demo("up", ANSIBLE_CALLBACKS_ENABLED="gpufleet.llm.remote_calls", REMOTE_CALLS_FILE=str(counted))

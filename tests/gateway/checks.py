@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import os
 import signal
 import socket
 import ssl
@@ -44,6 +45,9 @@ class AgentHandler(http.server.BaseHTTPRequestHandler):
         agent: Agent = self.server.agent  # type: ignore[attr-defined]
         told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.path == "/state"
+        if agent.stopped:
+            self.close_connection = True
+            return
         subject = dict(pair[0] for pair in self.connection.getpeercert()["subject"])
         assert subject["commonName"] == told["gateway"] == "gw-1"
         agent.told.append(told)
@@ -66,6 +70,7 @@ class Agent:
     told: list[dict[str, Any]] = field(default_factory=list)
     connections: set[int] = field(default_factory=set)
     port: int = 0
+    stopped: bool = False
     stop: Callable[[], None] = lambda: None
 
     def says(self, instance: str, operator: str = "up", leaving: bool = False, **more: Any) -> None:
@@ -92,11 +97,76 @@ def serve(agent: Agent, authority: Authority, directory: Path, port: int = 0) ->
     agent.port = server.server_port
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
 
+    agent.stopped = False
+
     def stop() -> None:
+        agent.stopped = True
         server.shutdown()
         server.server_close()
 
     agent.stop = stop
+
+
+# Runs a program of the role host_agent, with the files of a host below a directory.
+ON_A_HOST = """
+import runpy, sys
+from pathlib import Path
+directory, program, *words = sys.argv[1:]
+sys.path[:0] = [str(Path(program).parent), {modules!r}]
+import agent_files
+for name in ("CONFIGURATION", "WORDS", "LEAVING", "HEARD"):
+    setattr(agent_files, name, Path(directory + str(getattr(agent_files, name))))
+sys.argv = [program, *words]
+if program.endswith("agent.py"):
+    import agent, asyncio
+    agent.CERTIFICATES = Path(directory + str(agent.CERTIFICATES))
+    asyncio.run(agent.main())
+else:
+    runpy.run_path(program, run_name="__main__")
+""".format(modules=str(ROOT / "plugins/module_utils"))
+
+
+@dataclass
+class Host:
+    """A host whose agent is the real one."""
+
+    directory: Path
+    port: int
+    process: subprocess.Popen[str] | None = None
+
+    def start(self, authority: Authority, instance: str, instance_port: int, kept_seconds: float = 60) -> None:
+        """Start the agent for one instance."""
+        for name in ("etc/vllm-fleet", "etc/ssl/vllm-fleet/fleet", "var/lib/vllm-fleet", "run/vllm-fleet/agent"):
+            (self.directory / name).mkdir(parents=True)
+        certificates = zip(("cert", "key", "ca"), (*authority.sign(self.directory.name), authority.pem), strict=True)
+        for name, text in certificates:
+            (self.directory / f"etc/ssl/vllm-fleet/fleet/{name}.pem").write_text(text)
+        told = {
+            "host": self.directory.name, "address": "127.0.0.1", "port": self.port, "gateways": ["gw-1"], "monitoring": [],
+            "instances": {instance: {"address": "127.0.0.1", "port": instance_port}},
+            "leave": {"seconds": 60, "kept_seconds": kept_seconds},
+        }  # fmt: skip
+        (self.directory / "etc/vllm-fleet/agent.json").write_text(json.dumps(told))
+        self.process = self.run("agent.py")
+
+    def run(self, program: str, *words: str, **environment: str) -> subprocess.Popen[str]:
+        """Run one of its programs."""
+        place = ROOT / "roles/host_agent/templates/usr/local/lib/vllm-fleet" / program
+        return subprocess.Popen(
+            [sys.executable, "-c", ON_A_HOST, str(self.directory), str(place), *words],
+            env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def says(self, instance: str, **word: str) -> None:
+        """The operator's word."""
+        place = self.directory / f"var/lib/vllm-fleet/{instance}.json"
+        place.with_suffix(".new").write_text(json.dumps(word))
+        place.with_suffix(".new").rename(place)
+
+    def end(self) -> None:
+        if self.process:
+            self.process.terminate()
+            self.process.wait(5)
 
 
 @dataclass

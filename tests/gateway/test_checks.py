@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 
 from tests.certificates import Authority
 from tests.gateway.backends import INTERNAL
-from tests.gateway.checks import INTERVAL, TIMEOUT, Agent, Checks, serve
+from tests.gateway.checks import INTERVAL, TIMEOUT, Agent, Checks, Host, serve
 from tests.gateway.harness import CHAT, Gateway, document, route, running
 from tests.stand_in.local import Running, unpack, up
 
@@ -174,6 +175,81 @@ def test_a_planned_stop_of_one_of_two_loses_no_request_of_sixteen_clients(fleet:
     failed = clients.end()
     assert failed == []
     assert len(clients.answers) > answered > 50
+
+
+@dataclass
+class Leaving:
+    """A run of the program that `systemctl stop` of an instance runs first."""
+
+    host: Host
+    process: subprocess.Popen[str]
+
+    def end(self) -> str:
+        """Wait for it. Returns what it said."""
+        output, _ = self.process.communicate(timeout=30)
+        assert self.process.returncode == 0, output
+        return output
+
+
+@pytest.fixture
+def hosts(fleet: Fleet, tmp_path: Path) -> Iterator[dict[str, Host]]:
+    """The real agents, in the place of those that say what a test wants."""
+    made = {}
+    for instance in (fleet.one, fleet.two):
+        instance.agent.stop()
+        instance.agent.stop = lambda: None
+        name = instance.id.partition("@")[2]
+        made[instance.id] = Host(tmp_path / "hosts" / name, instance.agent.port)
+        made[instance.id].start(fleet.checks.authority, "chat", instance.server.port, kept_seconds=3)
+    heard = [host.directory / "run/vllm-fleet/agent/gw-1.json" for host in made.values()]
+    fleet.checks.until(lambda: all(file.exists() for file in heard), 20)
+    yield made
+    for host in made.values():
+        host.end()
+
+
+def leave(host: Host, instance: Instance) -> Leaving:
+    return Leaving(host, host.run("leave", "chat", MAINPID=str(instance.server.process.pid)))
+
+
+def test_with_the_real_agent_a_planned_stop_loses_no_request(fleet: Fleet, hosts: dict[str, Host]) -> None:
+    clients = Clients(fleet.gateway, 16)
+    time.sleep(1)
+    begun = time.monotonic()
+    said = leave(hosts[fleet.one.id], fleet.one).end()
+    assert "every gateway has let it go" in said
+    assert time.monotonic() - begun < 10
+    assert not fleet.checks.used(fleet.one.id)
+    fleet.one.server.process.terminate()
+    assert fleet.one.server.process.wait(10) == 0
+    time.sleep(1)
+    assert clients.end() == []
+
+
+def test_with_the_real_agent_the_last_one_is_kept_for_a_while(fleet: Fleet, hosts: dict[str, Host]) -> None:
+    """Both stop at once: one goes at once, the other when its patience ends."""
+    clients = Clients(fleet.gateway, 4)
+    begun = time.monotonic()
+    first = leave(hosts[fleet.one.id], fleet.one)
+    fleet.checks.until(lambda: not fleet.checks.used(fleet.one.id))
+    second = leave(hosts[fleet.two.id], fleet.two)
+    assert "every gateway has let it go" in first.end()
+    fleet.checks.until(lambda: fleet.checks.use(fleet.two.id)["kept"])
+    said = second.end()
+    assert "gw-1 keeps it: its host is about to stop it; kept, because the route small needs at least 1" in said
+    assert time.monotonic() - begun > 3
+    assert clients.end() == [], "it went on serving"
+
+
+def test_with_the_real_agent_an_operator_drains_and_changes_his_mind(fleet: Fleet, hosts: dict[str, Host]) -> None:
+    hosts[fleet.two.id].says("chat", operator="drained", by="alice", since="2026-11-30T01:00:00Z", reason="new fan")
+    fleet.checks.until(lambda: not fleet.checks.used(fleet.two.id))
+    assert fleet.checks.use(fleet.two.id)["why"] == "drained by alice: new fan"
+    fleet.checks.until(
+        lambda: '"out": ["chat"]' in (hosts[fleet.two.id].directory / "run/vllm-fleet/agent/gw-1.json").read_text()
+    )
+    hosts[fleet.two.id].says("chat", operator="up")
+    fleet.checks.until(lambda: fleet.checks.used(fleet.two.id))
 
 
 def test_a_route_that_would_have_nobody_keeps_who_wants_to_leave(fleet: Fleet) -> None:

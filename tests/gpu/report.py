@@ -58,7 +58,10 @@ def throughput_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def shared_table(shared: dict[str, Any]) -> str:
     """When two engines on one GPU started, one line for each way to start them."""
-    lines = ["| started by | the first served | the second's turn | the second served |", "|---|---|---|---|"]
+    lines = [
+        "| started by | the first served | the second's first line of vLLM | the second served |",
+        "|---|---|---|---|",
+    ]
     for how, name in (("role", "the role"), ("restart", "systemd, both at once")):
         if how not in shared:
             continue
@@ -128,8 +131,7 @@ def render(results: dict[str, Any]) -> str:
         parts += [
             "## Two engines on one GPU",
             f"A second instance beside the first one, each with its share of the memory; the role took {shared['seconds']:.0f} s. One of them waits "
-            "until the other answers. Seconds after the first one's process was started, until it served; of the second one until it had its turn, "
-            "and until it served.",
+            "until the other answers. Seconds after the first process was started:",
             shared_table(shared),
         ]
         if "mib" in shared:

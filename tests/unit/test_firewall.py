@@ -24,7 +24,8 @@ HOSTVARS: dict[str, dict[str, Any]] = {
 }
 ANY = ["0.0.0.0/0", "::/0"]
 DEFAULTS: dict[str, Any] = {
-    "admin_networks": ANY, "ssh_ports": [22], "gateways": ["gw1", "gw2"], "gateway_ports": [80, 443], "client_networks": ANY, "agent_ports": [9440],
+    "admin_networks": ANY, "ssh_ports": [22], "gateways": ["gw1", "gw2"], "gateway_ports": [80, 443], "challenge_ports": [], "virtual_address": "",
+    "client_networks": ANY, "agent_ports": [9440],
     "vllm_hosts": ["gpu1", "gpu2"], "model_ports": [], "monitoring_networks": [], "metrics_ports": [9100, 9400], "allow": [],
     "container_interfaces": ["docker0", "br-*"], "log_drops": False,
     "egress": "media", "egress_closed": ["10.0.0.0/8", "169.254.0.0/16", "fe80::/10"], "egress_allow": [], "vllm_user": 997,
@@ -72,6 +73,12 @@ WEB = "tcp dport { 80, 443 } accept"
         ("gpu2", {"model_ports": [8990]}, [SSH, "ip saddr { 10.0.0.11 } tcp dport { 8990 } accept"]),
         ("gw1", {"model_ports": [8990]}, [SSH, WEB]),
         ("gpu2", {"model_ports": [8990], "vllm_hosts": ["gpu2"]}, [SSH]),
+        # gateways pass the challenges of a certificate authority on to each other
+        ("gw1", {"challenge_ports": [80]}, [SSH, WEB, "ip6 saddr { fd00::2 } tcp dport { 80 } accept"]),
+        ("gpu2", {"challenge_ports": [80]}, [SSH]),
+        # gateways that share an address speak VRRP with each other, and with nobody else
+        ("gw1", {"virtual_address": "10.0.0.9", "gateways": ["gw1", "gpu1"]}, [SSH, WEB, "ip saddr { 10.0.0.11 } ip protocol vrrp accept"]),
+        ("gpu2", {"virtual_address": "10.0.0.9"}, [SSH]),
         # everybody of one family is nobody of the other
         ("gpu2", {"admin_networks": ["0.0.0.0/0"]}, [f"meta nfproto ipv4 {SSH}"]),
         ("gpu2", {"admin_networks": ["::/0", "10.1.0.0/16"]}, [f"ip saddr {{ 10.1.0.0/16 }} {SSH}", f"meta nfproto ipv6 {SSH}"]),

@@ -261,7 +261,13 @@ def test_the_words_of_a_wish() -> None:
     wish = Wish.of(told, UP, 50.0)
     assert (wish.words, wish.asked) == ("drained by alice: new fan", 50.0)
     assert Wish.of(told, wish, 60.0).asked == 50.0, "since it asked first"
-    assert Wish.of({**told, "asked": 40.0}, UP, 60.0).asked == 40.0, "the host knows best"
+    leaving = {**told, "leaving": True, "asked": 40.0}
+    assert Wish.of(leaving, UP, 60.0).asked == 40.0, "the host knows best"
+    assert Wish.of({**leaving, "since": "1970-01-01T00:00:30Z"}, UP, 60.0).asked == 30.0, (
+        "it was drained before it stopped"
+    )
+    for damaged in ("now", "", "1970-01-01T00:00:30", None):
+        assert Wish.of({**leaving, "since": damaged}, UP, 60.0).asked == 40.0
     assert Wish.of({"operator": "up", "leaving": False}, wish, 60.0) == UP
 
 

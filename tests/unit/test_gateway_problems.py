@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from typing import Any
 
 import pytest
@@ -217,8 +218,36 @@ def test_who_may_use_what_has_to_exist(routes: list[dict[str, Any]], clients: li
     ],
 )  # fmt: skip
 def test_what_may_not_be_meant(clients: list[dict[str, Any]], options: dict[str, Any], said: str) -> None:
-    there = gateway_problems.Fleet(inventory(**options), HOSTS, GATEWAYS)
+    there = gateway_problems.Fleet.of(inventory(**options), HOSTS, GATEWAYS)
     found = gateway_problems.warnings([route()], clients, there, NOW)
     assert len(found) == bool(said)
     assert said in "".join(found)
     assert KEY not in "".join(found)
+
+
+def test_many_routes_and_clients_are_judged_in_no_time() -> None:
+    instances = [{"name": f"i{number}", "model": f"m{number}", "port": 8000 + number} for number in range(500)]
+    reads = 0
+
+    class Counted(dict[str, Any]):
+        """Variables of a host, each look at which Ansible would render."""
+
+        def get(self, name: str, default: Any = None) -> Any:
+            nonlocal reads
+            reads += 1
+            return super().get(name, default)
+
+    hostvars = {host: Counted(vllm_instances=instances, fleet_address=f"10.0.0.{host[-1]}") for host in HOSTS}
+    routes = [route(f"m{number}", f"i{number}", clients=["c0", "c9999"]) for number in range(500)]
+    clients = [client(f"c{number}", models=["m1"]) for number in range(10000)]
+    began = time.monotonic()
+    assert of_routes(routes, hostvars) + of_paths(routes, ["/v1/completions"], hostvars) == []
+    assert of_clients(*clients, routes=routes) == []
+    assert len(gateway.gateway_warnings(hostvars, routes, clients, HOSTS, GATEWAYS)) == 9998
+    asked = {
+        "routes": routes, "clients": clients, "paths": ["/v1/completions"], "internal_key": INTERNAL, "hosts": HOSTS, "gateways": GATEWAYS,
+        "settings": {},
+    }  # fmt: skip
+    assert len(gateway.gateway_fleet(hostvars, "gw1", asked)["keys"]) == 10000
+    assert time.monotonic() - began < 20, "a few seconds"
+    assert reads <= 4 * len(HOSTS) * len(fleet.OF_BACKENDS) + 2 * len(HOSTS)

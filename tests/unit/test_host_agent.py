@@ -324,6 +324,7 @@ def test_a_gateway_asks_again_and_again_in_one_connection(running: Running) -> N
             assert chat.pop("unit")
             assert chat == {"operator": "drained", "by": "ada", "since": "now", "reason": "fan", "leaving": False}
             assert answer["instances"]["embed"]["leaving"] is True
+            assert abs(answer["instances"]["embed"]["asked"] - time.time()) < 60
             heard = running.files.heard()["gw-1"]
             assert time.monotonic() - heard.pop("time") < 2
             assert heard == {"out": ["chat"], "kept": {}, "in_flight": {"chat": 3}, "told": told}

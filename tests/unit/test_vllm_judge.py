@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils import (
     vllm_judge_host,
 )
 
+JUDGE = Path(__file__).resolve().parents[2] / "roles/vllm/files/judge.py"
 UNIT = """
 [Unit]
 After=network-online.target
@@ -64,6 +66,24 @@ def test_it_is_asked_with_the_environment_of_the_instance_and_leaves_no_trace_in
     assert asked["environment"]["HOME"].startswith("/tmp/")  # noqa: S108
     assert asked["wish"]["enable-prefix-caching"] is False
     assert "no-enable-prefix-caching: true\n" in asked["config"]
+
+
+def test_vllm_gets_the_notes_that_the_instance_has_of_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, scratch = tmp_path / "instance", tmp_path / "scratch"
+    asked = vllm_judge.request(wanted(environment={"VLLM_CACHE_ROOT": str(cache)}), {})
+    assert asked["environment"]["VLLM_CACHE_ROOT"] != asked["cache"] == str(cache)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(scratch))
+    bring_notes = runpy.run_path(str(JUDGE))["bring_notes"]
+    bring_notes(asked["cache"])
+    assert not scratch.exists(), "it never ran, or runs in a container"
+    (cache / "modelinfos").mkdir(parents=True)
+    (cache / "modelinfos/llama.json").write_text("{}")
+    (cache / "torch_compile_cache").mkdir()
+    bring_notes(asked["cache"])
+    assert [path.relative_to(scratch).as_posix() for path in scratch.rglob("*.json")] == ["modelinfos/llama.json"]
+    assert [path.name for path in scratch.iterdir()] == ["modelinfos"], "what is code stays"
 
 
 def test_it_is_asked_in_the_sandbox_of_the_unit() -> None:

@@ -20,7 +20,7 @@ from tests.ssh_logins import wait
 DIRECTORY = ROOT / ".cache/molecule-firewall"  # made by tests/hosts/hosts.py
 EVERY_PORT = range(1, 65536)
 # Those that listen somewhere, those that would if something went wrong, and a good many beside them.
-SOME_PORTS = [*range(1, 1025), 2375, *range(5000, 5010), *range(7990, 8100), 9100, 9400, 50000]
+SOME_PORTS = [*range(1, 1025), 2375, *range(5000, 5010), *range(7990, 8100), 9100, 9400, 9440, 50000]
 TABLE = "nft --stateless list table inet vllm_fleet"
 TIMER = "vllm-fleet-firewall-rollback.timer"
 
@@ -61,8 +61,8 @@ def test_by_ipv6_it_is_the_same(gateway: Host, inference: Host, outsider: Host) 
     assert scan(outsider, inference, SOME_PORTS, family=6) == {"open": [22], "refused": 0}
 
 
-def test_the_gateway_reaches_vllm_and_nothing_else(gateway: Host, inference: Host) -> None:
-    assert scan(gateway, inference, SOME_PORTS) == {"open": [22, 8000], "refused": 0}
+def test_the_gateway_reaches_vllm_and_the_agent_and_nothing_else(gateway: Host, inference: Host) -> None:
+    assert scan(gateway, inference, SOME_PORTS) == {"open": [22, 8000, 9440], "refused": 0}
     assert scan(inference, gateway, SOME_PORTS) == {"open": [22, 80, 443], "refused": 0}
 
 
@@ -72,8 +72,8 @@ def test_the_scan_would_see_what_is_open(inference: Host, outsider: Host) -> Non
     try:
         for family in (4, 6):
             found = scan(outsider, inference, SOME_PORTS, family)
-            assert found["open"] == [22, 80, 443, 2375, 8000, 9100, 50000]
-            assert found["refused"] == len(SOME_PORTS) - 7
+            assert found["open"] == [22, 80, 443, 2375, 8000, 9100, 9440, 50000]
+            assert found["refused"] == len(SOME_PORTS) - 8
     finally:
         inference.check_output("systemctl start vllm-fleet-firewall")
     assert scan(outsider, inference, SOME_PORTS)["open"] == [22]
@@ -93,9 +93,9 @@ def test_metrics_and_further_rules_are_open_to_those_who_are_named(
     rule = {"name": "one by one", "ports": ["49990-50000"], "networks": [four, six]}
     applied(inference, "firewall", firewall_monitoring_networks=[four], firewall_allow=[rule])
     try:
-        assert scan(outsider, inference, SOME_PORTS)["open"] == [22, 9100, 50000]
+        assert scan(outsider, inference, SOME_PORTS)["open"] == [22, 9100, 9440, 50000]
         assert scan(outsider, inference, SOME_PORTS, family=6)["open"] == [22, 50000]
-        assert scan(gateway, inference, SOME_PORTS)["open"] == [22, 8000]
+        assert scan(gateway, inference, SOME_PORTS)["open"] == [22, 8000, 9440]
     finally:
         applied(inference, "firewall")
     assert scan(outsider, inference, SOME_PORTS)["open"] == [22]
@@ -120,7 +120,7 @@ def test_a_published_port_is_no_way_in(docker: Host, outsider: Host, gateway: Ho
     assert scan(docker, "127.0.0.1", [8090])["open"] == [8090]
     for family in (4, 6):
         assert scan(outsider, docker, SOME_PORTS, family) == {"open": [22], "refused": 0}
-    assert scan(gateway, docker, SOME_PORTS) == {"open": [22, 8000], "refused": 0}
+    assert scan(gateway, docker, SOME_PORTS) == {"open": [22, 8000, 9440], "refused": 0}
     # without the rules it is one
     docker.check_output("systemctl stop vllm-fleet-firewall")
     opened = scan(outsider, docker, [8090])["open"]

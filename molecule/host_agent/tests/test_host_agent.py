@@ -111,10 +111,10 @@ def test_nobody_is_answered_without_a_certificate_or_by_plain_http(
 
 
 def test_a_certificate_of_another_authority_is_worth_nothing(host: Host, tmp_path: Path, authority: Authority) -> None:
-    peer = connection(host, tmp_path, authority, None)
-    other = Authority(name="vLLM Fleet CA").sign("gw-1")
-    (tmp_path / "both.pem").write_text("".join(other))
-    peer._context.load_cert_chain(tmp_path / "both.pem")
+    context = ssl.create_default_context(cadata=authority.pem)
+    (tmp_path / "both.pem").write_text("".join(Authority(name="vLLM Fleet CA").sign("gw-1")))
+    context.load_cert_chain(tmp_path / "both.pem")
+    peer = http.client.HTTPSConnection(address_of(host), PORT, context=context, timeout=5)
     with pytest.raises((OSError, http.client.HTTPException)):
         peer.request("POST", "/state", "{}")
         peer.getresponse()

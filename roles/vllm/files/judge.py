@@ -1,7 +1,8 @@
 """Says whether `vllm serve`, of the environment that runs this file, takes a configuration and understands what was wished.
 
-Takes a request as JSON from its input: `environment`, `config` (the text of the configuration file) and `wish` (option -> value, as an
-operator wrote it). Its last line is an answer in JSON: `refusal`, vLLM's own reason, empty when there is none; or `unjudged`, why nobody knows.
+Takes a request as JSON from its input: `environment`, `config` (the text of the configuration file), `wish` (option -> value, as an
+operator wrote it) and `cache` (vLLM's own cache of the instance, if it ever ran). Its last line is an answer in JSON: `refusal`, vLLM's own reason,
+empty when there is none; or `unjudged`, why nobody knows.
 Goes the way of `vllm serve` until an engine would start: its parser reads the file, its configuration objects are built. No weights are read.
 """
 
@@ -11,12 +12,14 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
+from contextlib import suppress
 from typing import Any, NoReturn
 
-# It takes some ten, a minute on a cold disk, and as long as this only where a host has no time for it.
+# It takes some ten, twenty for an instance that never ran, a minute on a cold disk, and as long as this only where a host has no time for it.
 SECONDS = 900
 LENGTH = 600
 # What pydantic and argparse put around a reason.
@@ -173,11 +176,21 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
     return {"refusal": ""}
 
 
+def bring_notes(cache: str) -> None:
+    """Give vLLM its notes of classes of models: without one, it looks at a class in another process, which takes as long as all the rest.
+
+    A note names the hash of the class's source: vLLM does not use one of another release.
+    """
+    with suppress(OSError):
+        shutil.copytree(f"{cache}/modelinfos", f"{os.environ['VLLM_CACHE_ROOT']}/modelinfos")
+
+
 def main() -> None:
     """Answer a request. All that vLLM says meanwhile goes to the errors."""
     signal.alarm(SECONDS)
     request = json.load(sys.stdin)
     os.environ.update(request["environment"])
+    bring_notes(request["cache"])
     # Python has read its own already.
     sys.path[1:1] = filter(None, request["environment"].get("PYTHONPATH", "").split(":"))
     with os.fdopen(os.dup(1), "w") as output:

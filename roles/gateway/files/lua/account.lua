@@ -111,24 +111,19 @@ end
 
 -- Who asks without a valid key.
 local nobody = {}
-local VARIABLES = {
-    prompt = "gateway_prompt_tokens", cached = "gateway_cached_tokens", completion = "gateway_completion_tokens",
-    estimated = "gateway_estimated",
-}
-local COUNTERS = {
-    prompt = "vllm_gateway_prompt_tokens_total", cached = "vllm_gateway_cached_tokens_total",
-    completion = "vllm_gateway_completion_tokens_total", seconds = "vllm_gateway_sound_seconds_total",
-}
+
+local function count_some(name, labels, n)
+    if n and n > 0 then
+        metrics.count(counts, name, labels, n)
+    end
+end
 
 local function count_tokens(labels, used)
-    for name, counter in pairs(COUNTERS) do
-        if used[name] and used[name] > 0 then
-            metrics.count(counts, counter, labels, used[name])
-        end
-    end
-    if used.estimated then
-        metrics.count(counts, "vllm_gateway_estimated_total", labels, 1)
-    end
+    count_some("vllm_gateway_prompt_tokens_total", labels, used.prompt)
+    count_some("vllm_gateway_cached_tokens_total", labels, used.cached)
+    count_some("vllm_gateway_completion_tokens_total", labels, used.completion)
+    count_some("vllm_gateway_sound_seconds_total", labels, used.seconds)
+    count_some("vllm_gateway_estimated_total", labels, used.estimated and 1)
 end
 
 local function count_times(request)
@@ -142,10 +137,12 @@ end
 
 local function log(request, used)
     local variables = ngx.var
-    for name, variable in pairs(VARIABLES) do
-        if used[name] then
-            variables[variable] = used[name]
-        end
+    variables.gateway_prompt_tokens, variables.gateway_completion_tokens = used.prompt, used.completion
+    if used.cached then
+        variables.gateway_cached_tokens = used.cached
+    end
+    if used.estimated then
+        variables.gateway_estimated = "true"
     end
     if request.first then
         variables.gateway_first_token = ("%.3f"):format(request.first)

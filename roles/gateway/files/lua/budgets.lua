@@ -43,7 +43,7 @@ local function written(now, pause)
     local lines, looked = {}, 0
     for name, client in pairs(fleet.clients) do
         local used = has_budget(client) and limit.used(limits, name, now)
-        if used and used.month > 0 then
+        if used and used.day + used.month > 0 then
             lines[#lines + 1] = cjson.encode({ name, math.floor(now / DAY), used.day, used.month }) .. "\n"
         end
         looked = looked + 1

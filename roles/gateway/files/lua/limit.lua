@@ -10,7 +10,7 @@
 --   tokens(dict, name, limits, now)           whether a client has tokens left: true, what is left of this minute's, seconds until all are;
 --                                             or false, seconds until it has some again, and of which limit it has none: "minute", "day" or "month".
 --   charge(dict, name, limits, count, now)    counts what an answer used. `limits` has tokens_per_minute, tokens_per_day, tokens_per_month
---   used(dict, name, now)                     {day, month}: tokens of this day and this month
+--   used(dict, name, now)                     {day, month}: tokens of this day and this month, of those that are limited
 --   restore(dict, name, time, used, now)      puts back what was used at a time; a day or a month that is over is left out
 --   duration(seconds)                         as OpenAI writes it in its headers: 1m30s, 250ms
 --
@@ -119,18 +119,17 @@ local function wait(dict, name, most)
 end
 
 function limit.enter(dict, name, owner, most)
-    if most and limit.running(dict, name) >= most then
-        return false, wait(dict, name, most)
-    end
-    local running = dict:incr(total_key(name), 1, 0)
+    local total = total_key(name)
+    local running = dict:incr(total, 1, 0)
     if most and running > most then
-        dict:incr(total_key(name), -1)
+        dict:incr(total, -1)
         return false, wait(dict, name, most)
     end
-    if dict:add(owner_key(name, owner), 0) then
+    local own = owner_key(name, owner)
+    if not dict:incr(own, 1) then
         note(dict, name, owner)
+        dict:incr(own, 1, 0)
     end
-    dict:incr(owner_key(name, owner), 1, 0)
     return true
 end
 
@@ -138,8 +137,9 @@ function limit.leave(dict, name, owner, seconds)
     add(dict, total_key(name), -1)
     add(dict, owner_key(name, owner), -1)
     if seconds then
-        local average = dict:get("took:" .. name)
-        dict:set("took:" .. name, average and average + WEIGHT * (seconds - average) or seconds)
+        local key = "took:" .. name
+        local average = dict:get(key)
+        dict:set(key, average and average + WEIGHT * (seconds - average) or seconds)
     end
 end
 
@@ -177,12 +177,27 @@ end
 
 -- Tokens.
 
+-- The month that is, as text, and when it began and will end: looked up once a month.
+local month = { from = 0, to = 0 }
+
+local function month_of(now)
+    if now < month.from or now >= month.to then
+        local date = os.date("!*t", now)
+        local first, day = now - now % DAY - (date.day - 1) * DAY, now - now % DAY
+        repeat
+            day = day + DAY
+        until os.date("!*t", day).month ~= date.month
+        month = { text = os.date("!%Y-%m", now), from = first, to = day }
+    end
+    return month
+end
+
 local function day_key(name, now)
     return "day:" .. name .. ":" .. math.floor(now / DAY)
 end
 
 local function month_key(name, now)
-    return "month:" .. name .. ":" .. os.date("!%Y-%m", now)
+    return "month:" .. name .. ":" .. month_of(now).text
 end
 
 local function until_tomorrow(now)
@@ -190,12 +205,7 @@ local function until_tomorrow(now)
 end
 
 local function until_next_month(now)
-    local date = os.date("!*t", now)
-    local day = now - now % DAY
-    repeat
-        day = day + DAY
-    until os.date("!*t", day).month ~= date.month
-    return day - now
+    return month_of(now).to - now
 end
 
 -- A minute's tokens are a bucket of 60 seconds.
@@ -208,10 +218,9 @@ local function of_minute(dict, name, per_minute, now)
 end
 
 function limit.tokens(dict, name, limits, now)
-    local used = limit.used(dict, name, now)
-    if limits.tokens_per_month and used.month >= limits.tokens_per_month then
+    if limits.tokens_per_month and (dict:get(month_key(name, now)) or 0) >= limits.tokens_per_month then
         return false, until_next_month(now), "month"
-    elseif limits.tokens_per_day and used.day >= limits.tokens_per_day then
+    elseif limits.tokens_per_day and (dict:get(day_key(name, now)) or 0) >= limits.tokens_per_day then
         return false, until_tomorrow(now), "day"
     elseif limits.tokens_per_minute then
         return of_minute(dict, name, limits.tokens_per_minute, now)
@@ -226,8 +235,12 @@ function limit.charge(dict, name, limits, count, now)
     if limits.tokens_per_minute then
         locked(dict, "minute:" .. name, pour_out, count * 60 / limits.tokens_per_minute, now - BEGINNING)
     end
-    dict:incr(day_key(name, now), count, 0, until_tomorrow(now) + 1)
-    dict:incr(month_key(name, now), count, 0, until_next_month(now) + 1)
+    if limits.tokens_per_day then
+        dict:incr(day_key(name, now), count, 0, until_tomorrow(now) + 1)
+    end
+    if limits.tokens_per_month then
+        dict:incr(month_key(name, now), count, 0, until_next_month(now) + 1)
+    end
 end
 
 function limit.used(dict, name, now)

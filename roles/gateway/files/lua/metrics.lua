@@ -43,8 +43,11 @@ function metrics.labels(...)
     return table.concat(parts, ",")
 end
 
--- Returns whether the key is new.
+-- Returns whether the key is new, which it seldom is.
 local function add(dict, key, n)
+    if dict:incr(key, n) then
+        return false
+    end
     local new = dict:safe_add(key, 0)
     dict:incr(key, n)
     return new

@@ -96,8 +96,11 @@ class Units:
 
     async def ask(self) -> dict[str, str]:
         command = ["systemctl", "show", "--property=Id,ActiveState", *self.names]
+        nothing = (
+            asyncio.subprocess.DEVNULL
+        )  # where nobody answers it, its complaint would be in the journal each second
         program = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
+            *command, stdin=nothing, stdout=asyncio.subprocess.PIPE, stderr=nothing
         )
         try:
             output, _ = await asyncio.wait_for(program.communicate(), 3)
@@ -162,7 +165,7 @@ class Agent:
         agent_files.hear(gateway, {**said, "told": self.told.get(gateway, [])})
         units = await self.units.current()
         told = {
-            name: {**agent_files.word(name), "leaving": agent_files.leaving(name), "unit": units.get(name, "unknown")}
+            name: {**agent_files.word(name), **agent_files.leaving(name), "unit": units.get(name, "unknown")}
             for name in self.instances
         }
         self.told[gateway] = [name for name, instance in told.items() if host_agent.wants_out(instance)]
@@ -264,7 +267,7 @@ class Listener:
             await serve(self.agent, reader, asyncio.StreamWriter(transport, protocol, reader, loop))
         except ssl.SSLError as error:
             log.warning("%s: %s", source, error)
-        except (OSError, asyncio.TimeoutError):
+        except (OSError, asyncio.TimeoutError, asyncio.IncompleteReadError):
             pass  # the peer went, or takes no answer
         except Exception:
             log.exception("a request of %s", source)

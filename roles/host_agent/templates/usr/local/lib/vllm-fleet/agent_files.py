@@ -47,9 +47,12 @@ def word(instance: str) -> dict[str, str]:
         return host_agent.word("")
 
 
-def leaving(instance: str) -> bool:
-    """Whether an instance wants to stop."""
-    return (LEAVING / instance).exists()
+def leaving(instance: str) -> dict[str, Any]:
+    """Whether an instance wants to stop, and if so since when, by the clock of the host: gateways let go first who asked first."""
+    try:
+        return {"leaving": True, "asked": (LEAVING / instance).stat().st_mtime}
+    except FileNotFoundError:
+        return {"leaving": False}
 
 
 def hear(gateway: str, said: dict[str, Any]) -> None:

@@ -1,0 +1,198 @@
+"""Two gateways with one address, as a client sees it that asks all the time, each time by a connection of its own."""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import testinfra
+from ansible_collections.gpufleet.llm.plugins.module_utils import firewall
+from testinfra.host import Host
+
+from tests.network import address_of
+from tests.roles import applied, changed, host_name, refused, until
+from tests.unit.test_firewall import DEFAULTS
+
+ROLE = "virtual_address"
+LEAVE = "/var/lib/vllm-fleet-address/leave"
+
+
+@pytest.fixture(scope="session")
+def one() -> Host:
+    return testinfra.get_host("docker://virtual-address-1")
+
+
+@pytest.fixture(scope="session")
+def two() -> Host:
+    return testinfra.get_host("docker://virtual-address-2")
+
+
+@pytest.fixture(scope="session")
+def address(one: Host) -> str:
+    return address_of(one).rpartition(".")[0] + ".200"
+
+
+def has(host: Host, address: str) -> bool:
+    return bool(host.check_output(f"ip -brief address show to {address}"))
+
+
+class Client:
+    """Asks over the address until it is stopped, and counts: the hosts that answered, and what failed."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.answers: Counter[str] = Counter()
+        self.failures: list[tuple[float, str]] = []
+        self.going = True
+        self.thread = threading.Thread(target=self.ask)
+
+    def ask(self) -> None:
+        tls = ssl.create_default_context()
+        tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+        while self.going:
+            connection = http.client.HTTPSConnection(self.address, timeout=1, context=tls)
+            try:
+                connection.request("GET", "/healthz", headers={"Host": "llm.test"})
+                self.answers[connection.getresponse().read().decode()] += 1
+            except OSError as problem:
+                self.failures.append((time.monotonic(), str(problem)))
+            finally:
+                connection.close()
+            time.sleep(0.02)
+
+    def __enter__(self) -> Client:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.going = False
+        self.thread.join()
+        said = sorted({text for _, text in self.failures})
+        print(f"answers {dict(self.answers)}, failures {len(self.failures)} in {self.outage():.1f} s: {said}")
+
+    def outage(self) -> float:
+        """Seconds from the first failure to the last."""
+        return self.failures[-1][0] - self.failures[0][0] if self.failures else 0.0
+
+
+@pytest.fixture(autouse=True)
+def at_home(one: Host, two: Host, address: str) -> Iterator[None]:
+    """Before each test the first gateway has the address, and both are well."""
+    for host in (one, two):
+        host.check_output("nft list tables | grep -q vllm_fleet && nft delete table inet vllm_fleet || true")
+        host.check_output("systemctl start nginx keepalived")
+        host.check_output(f"echo 0 >{LEAVE}")
+    until(lambda: has(one, address) and not has(two, address), 30, "the first gateway did not get the address back")
+    yield
+
+
+def test_the_first_gateway_has_the_address_and_its_unit_has_few_rights(one: Host, two: Host, address: str) -> None:
+    with Client(address) as client:
+        time.sleep(1)
+    assert set(client.answers) == {host_name(one)}
+    assert client.failures == []
+    assert two.service("keepalived").is_enabled
+
+
+def test_a_gateway_that_dies_loses_it_within_seconds(one: Host, two: Host, address: str) -> None:
+    with Client(address) as client:
+        time.sleep(0.5)
+        one.check_output("systemctl kill --signal KILL nginx; systemctl stop nginx")
+        until(lambda: has(two, address), 10, "the second gateway did not take the address")
+        time.sleep(1)
+        assert client.answers[host_name(two)] > 0
+        taken = len(client.failures)
+        one.check_output("systemctl start nginx")
+        until(lambda: has(one, address) and not has(two, address), 20, "the first gateway did not take it back")
+        time.sleep(1)
+    assert 0 < client.outage() < 6
+    # it takes the address back when it answers again, and nobody notices
+    assert len(client.failures) <= taken + 1, client.failures
+
+
+def test_a_planned_stop_loses_no_request(one: Host, two: Host, address: str) -> None:
+    """The entry points that a turn uses."""
+    with Client(address) as client:
+        time.sleep(0.5)
+        applied(one, ROLE, entry_point="leave")
+        assert has(two, address) and not has(one, address)
+        one.check_output("systemctl stop nginx")
+        time.sleep(3)
+        assert has(two, address)
+        one.check_output("systemctl start nginx")
+        time.sleep(8)
+        assert has(two, address), "it came back without having been told to"
+        applied(one, ROLE, entry_point="come_back")
+        until(lambda: has(one, address) and not has(two, address), 20, "the first gateway did not take it back")
+        time.sleep(1)
+    assert set(client.answers) == {host_name(one), host_name(two)}
+    assert client.failures == []
+
+
+def test_what_stops_keepalived_moves_it_in_less_than_two_seconds(one: Host, two: Host, address: str) -> None:
+    """As a reboot does that nobody planned."""
+    with Client(address) as client:
+        time.sleep(0.5)
+        one.check_output("systemctl stop keepalived")
+        until(lambda: has(two, address), 10, "the second gateway did not take the address")
+        time.sleep(1)
+    assert not has(one, address)
+    assert client.outage() < 2
+
+
+def test_when_none_answers_the_address_stays(one: Host, two: Host, address: str) -> None:
+    for host in (one, two):
+        host.check_output("systemctl stop nginx")
+    time.sleep(6)
+    assert [has(host, address) for host in (one, two)].count(True) == 1
+
+
+def rules(one: Host, two: Host, host: Host, virtual_address: str) -> str:
+    """The table of the role firewall for one of them."""
+    hostvars = {host_name(each): {"fleet_address": address_of(each)} for each in (one, two)}
+    settings = {**DEFAULTS, "gateways": list(hostvars), "vllm_hosts": [], "virtual_address": virtual_address}
+    return firewall.ruleset(hostvars, host_name(host), settings)
+
+
+def test_the_firewall_lets_the_gateways_hear_each_other(one: Host, two: Host, address: str) -> None:
+    """With the table of an inventory without an address, both have it."""
+    for host in (one, two):
+        host.check_output("nft -f - <<'.'\n%s\n.", rules(one, two, host, address))
+    time.sleep(6)
+    assert has(one, address) and not has(two, address)
+    one.check_output("systemctl stop nginx")
+    until(lambda: has(two, address) and not has(one, address), 10, "the second gateway did not take the address")
+    one.check_output("systemctl start nginx")
+    until(lambda: has(one, address) and not has(two, address), 20, "the first gateway did not take it back")
+    two.check_output("nft -f - <<'.'\n%s\n.", rules(one, two, two, ""))
+    until(lambda: has(one, address) and has(two, address), 10, "without the rule nothing is different")
+
+
+def test_it_goes_when_it_is_not_asked_for_any_more(one: Host, address: str) -> None:
+    assert changed(applied(one, ROLE, virtual_address_ip=""))
+    assert not has(one, address)
+    assert not one.service("keepalived").is_running
+    assert not changed(applied(one, ROLE, virtual_address_ip=""))
+    assert changed(applied(one, ROLE))
+    until(lambda: has(one, address), 20, "the address is not back")
+
+
+def test_mistakes_are_refused_before_anything_changes(one: Host, two: Host) -> None:
+    for variables, message in (
+        ({"virtual_address_ip": "llm.test"}, "virtual_address_ip is 'llm.test'"),
+        ({"virtual_address_ip": "203.0.113.9"}, "which is in no network of the host"),
+        ({"virtual_address_ip": address_of(two)}, "which is fleet_address of virtual-address-2"),
+        ({"virtual_address_interface": "eth7"}, "virtual_address_interface is eth7"),
+        ({"virtual_address_router_id": 256}, "virtual_address_router_id is 256"),
+        ({"virtual_address_gateway_group": "tls_certificate"}, "the inventory has tls-certificate"),
+        ({"gateway_server_names": ["192.0.2.9"]}, "gateway_server_names has neither"),
+    ):
+        told = refused(one, ROLE, **variables)
+        assert message in told, told
+        assert "changed=0" in told
