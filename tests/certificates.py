@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 
-def make_pair(days: int = 30, name: str = "given.test") -> tuple[str, str]:
-    """A certificate that signs itself, valid for so many days from now, and its key; both PEM."""
+def make_pair(days: int = 30, name: str = "given.test", *also: str) -> tuple[str, str]:
+    """A certificate that signs itself, valid for so many days from now, and its key; both PEM. `also`: further names."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     begin = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=60)
@@ -20,7 +20,7 @@ def make_pair(days: int = 30, name: str = "given.test") -> tuple[str, str]:
         x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
         .not_valid_before(begin)
         .not_valid_after(begin + datetime.timedelta(days=60 + days))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(one) for one in (name, *also)]), critical=False)
         .sign(key, hashes.SHA256())
     )
     pem = serialization.Encoding.PEM
