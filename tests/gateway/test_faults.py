@@ -6,6 +6,7 @@ always has something to do, so that the first is asked first.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import itertools
@@ -24,6 +25,7 @@ import pytest
 
 from tests.gateway.backends import Answer, Asked, Backend, Handler, failing, right, tokens
 from tests.gateway.harness import CHAT, KEY, Gateway, document, free_port, route, running
+from tests.gateway.streams import Stream, process, watch
 
 # Seconds after which the gateway gives a silent backend up, and a connection to it.
 SILENCE = 2
@@ -325,3 +327,29 @@ def refused(seen: Seen, status: int) -> None:
     assert error["message"]
     assert ("retry-after" in seen.headers) == (status == 503)
     assert seen.headers["x-request-id"]
+
+
+def test_a_process_that_is_stopped_in_mid_stream(tmp_path: Path) -> None:
+    """Its clients wait as long as a silence may be, and are cut; when it goes on, so do new requests."""
+    numbers: dict[str, Any] = {"gateway_read_timeout_seconds": SILENCE}
+    with (
+        process("chat@gpu-1") as backend,
+        running(tmp_path, document([route("small", [backend])], [backend]), **numbers) as gateway,
+    ):
+
+        async def stopping() -> list[Stream]:
+            body: dict[str, object] = {"model": "small", "events": 100, "seconds": 0.05}
+            tasks = [asyncio.create_task(watch(gateway, body)) for _ in range(5)]
+            await asyncio.sleep(0.7)
+            backend.process.send_signal(signal.SIGSTOP)
+            begun = time.monotonic()
+            streams = await asyncio.gather(*tasks)
+            assert SILENCE - 0.5 < time.monotonic() - begun < SILENCE + 3
+            return streams
+
+        streams = asyncio.run(stopping())
+        assert [(stream.status, stream.whole) for stream in streams] == [(200, False)] * 5
+        assert all(3 < stream.events < 30 for stream in streams)
+        backend.process.send_signal(signal.SIGCONT)
+        gateway.until(lambda: gateway.ask(CHAT, {"model": "small", "events": 1}).status == 200)
+        gateway.until(lambda: gateway.admin("/in_flight")["in_flight"][backend.id] == 0)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.gateway.backends import Asked, Handler, tokens
 from tests.gateway.harness import CHAT, KEY, NAME, Gateway, document, route, running
 from tests.gateway.wire import BODY, REFUSALS, Http2, Witness, answers, request, send, staying
 
@@ -203,6 +205,30 @@ def test_many_requests_over_http_2(gateway: Gateway) -> None:
     assert [client.statuses[stream] for stream in good] == [200, 200]
     assert [client.statuses[stream] for stream in bad] == [404, 400, 400, 401]
     assert [reached.body for reached in BACKEND.reached] == [BODY] * 2
+
+
+def test_an_answer_that_breaks_off_over_http_2(gateway: Gateway) -> None:
+    """Its stream is reset; an end as if that were all would be a lie."""
+
+    def breaking(handler: Handler, _asked: Asked) -> None:
+        def parts() -> Iterator[bytes]:
+            yield from list(tokens(3))[:3]
+            time.sleep(0.1)
+            handler.reset()
+            raise OSError
+
+        handler.stream(parts())
+
+    client = Http2(gateway)
+    BACKEND.answer = breaking
+    cut = client.ask(USUAL, BODY)
+    client.wait()
+    BACKEND.answer = BACKEND.keep
+    good = client.ask(USUAL, BODY)
+    client.wait()
+    assert client.statuses == {cut: 200, good: 200}
+    assert client.contents[cut].count(b"data:") == 3
+    assert client.whole == {good}
 
 
 def test_trailers_over_http_2(gateway: Gateway) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     routes = [
         route("small", [BACKEND], aliases=["gpt-4o", "x\r\nInjected: yes"]),
         route(ODD, [BACKEND], aliases=["odd"]),
+        route("kept", [BACKEND], balance="session", session_header="x-session-id"),
     ]
     with running(directory, document(routes, [BACKEND]), [BACKEND.id]) as gateway:
         yield gateway
@@ -43,7 +45,7 @@ def nothing_else_arrives() -> Iterator[None]:
     BACKEND.reached.clear()
     BACKEND.answer = BACKEND.keep
     yield
-    BACKEND.judge(["small", ODD])
+    BACKEND.judge(["small", ODD, "kept"])
 
 
 def refused(gateway: Gateway, data: bytes) -> list[int]:
@@ -238,6 +240,28 @@ def test_names_with_odd_characters_are_served(gateway: Gateway) -> None:
     assert gateway.ask(CHAT, {"model": "odd"}).status == 200
     assert gateway.ask(CHAT, {"model": ODD}).status == 200
     assert [json.loads(reached.body)["model"] for reached in BACKEND.reached] == [ODD, ODD]
+
+
+@pytest.mark.parametrize("header", [b"", b"X-Session-Id: \r\n", b"X-Session-Id: a\r\nX-Session-Id: b\r\n", b"X-Session-Id: " + b"a" * 15000 + b"\r\n",
+                                    b"X-Session-Id: \xff\xfe%00\r\n", b"".join(b"X-%d: 1\r\n" % number for number in range(150)) + b"X-Session-Id: a\r\n"],
+                         ids=lambda header: repr(header[:30]))  # fmt: skip
+def test_sessions(gateway: Gateway, header: bytes) -> None:
+    """Whatever names one, the request is answered, and the name stays here."""
+    for value in ("", "a", "\0\r\n", "\ud800", 7, None, [], {"a": 1}, "x" * 100_000):
+        for name in ("user", "prompt_cache_key", "messages"):
+            body = json.dumps({"model": "kept", name: value}).encode()
+            assert answers(gateway.raw(request(headers=header, body=body))) == [200]
+    assert len(BACKEND.reached) == 27
+
+
+def test_names_of_megabytes(gateway: Gateway) -> None:
+    """To decode so many escapes would hold up everybody for seconds."""
+    long = b"\\u0041" * 1_500_000
+    begun = time.monotonic()
+    assert gateway.ask(CHAT, b'{"model": "' + long + b'"}').error["code"] == "model_not_found"
+    assert gateway.ask(CHAT, b'{"model": "kept", "user": "' + long + b'"}').status == 200
+    assert gateway.ask("/v1/models/" + "x" * 15000).error["code"] == "model_not_found"
+    assert time.monotonic() - begun < 2.5
 
 
 def any_value(random_: random.Random, depth: int) -> Any:

@@ -145,8 +145,10 @@ class Http2:
         self.frames = h2.connection.H2Connection(config)
         self.frames.initiate_connection()
         self.statuses: dict[int, int] = {}
+        self.types: dict[int, str] = {}
         self.contents: dict[int, bytes] = {}
         self.open: set[int] = set()
+        self.whole: set[int] = set()
         self.flush()
 
     def flush(self) -> None:
@@ -174,7 +176,6 @@ class Http2:
     def wait(self, seconds: float = 10) -> None:
         """Until all requests have their answer, or the connection is closed."""
         end = time.monotonic() + seconds
-        types: dict[int, str] = {}
         while self.open:
             self.socket.settimeout(max(0.01, end - time.monotonic()))
             data = self.socket.recv(65536)
@@ -184,12 +185,15 @@ class Http2:
                 if isinstance(event, h2.events.ResponseReceived):
                     told = dict(event.headers)
                     self.statuses[event.stream_id] = int(told[b":status"])
-                    types[event.stream_id] = told.get(b"content-type", b"").decode()
+                    self.types[event.stream_id] = told.get(b"content-type", b"").decode()
                 elif isinstance(event, h2.events.DataReceived):
                     self.contents[event.stream_id] = self.contents.get(event.stream_id, b"") + event.data
                     self.frames.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-                elif isinstance(event, h2.events.StreamEnded | h2.events.StreamReset):
+                elif isinstance(event, h2.events.StreamEnded):
+                    self.whole.add(event.stream_id)
+                    self.open.discard(event.stream_id)
+                elif isinstance(event, h2.events.StreamReset):
                     self.open.discard(event.stream_id)
             self.flush()
         for stream, status in self.statuses.items():
-            judge_answer(status, types[stream], self.contents.get(stream, b""))
+            judge_answer(status, self.types[stream], self.contents.get(stream, b""))
