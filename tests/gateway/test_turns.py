@@ -34,7 +34,8 @@ def streaming(handler: Handler, asked: Asked) -> None:
 def gateway(tmp_path: Path) -> Iterator[Gateway]:
     ONLY.reset()
     ONLY.answer = streaming
-    clients: dict[str, dict[str, Any]] = {f"client-{number}": {} for number in range(2000)} | {"team-a": {}}
+    clients: dict[str, dict[str, Any]] = {"team-a": {}}
+    clients.update((f"client-{number}", {}) for number in range(2000))
     keys = {KEY: {"client": "team-a"}} | {
         f"client-{number:016}": {"client": f"client-{number}"} for number in range(2000)
     }
