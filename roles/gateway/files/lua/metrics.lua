@@ -43,7 +43,7 @@ function metrics.labels(...)
     return table.concat(parts, ",")
 end
 
--- Returns whether the key is new.
+-- Returns whether the key is new, which it seldom is.
 local function add(dict, key, n)
     if dict:incr(key, n) then
         return false

@@ -287,11 +287,17 @@ local function note_value(walk, i)
     walk.fields[walk.key] = field
 end
 
--- The longest that a name can be, written with nothing but escapes.
+-- The longest that a name can be, written with nothing but escapes. What is wanted are few sets, each of them often.
+local lengths = setmetatable({}, { __mode = "k" })
+
 local function longest(wanted)
-    local most = 0
-    for name in pairs(wanted) do most = math.max(most, #name) end
-    return most * 6
+    local most = lengths[wanted]
+    if not most then
+        most = 0
+        for name in pairs(wanted) do most = math.max(most, #name * 6) end
+        lengths[wanted] = most
+    end
+    return most
 end
 
 local function broken(walk, at)
@@ -370,11 +376,13 @@ special[TOP_COMMA] = function(walk, i)
     return NEXT_TOP, i
 end
 
+local function go_on() end
+
 local function start(text, wanted, pause)
     return {
-        text = text, bytes = ffi.cast("const uint8_t *", text), size = #text, stop = 0, pause = pause or function() end,
+        text = text, bytes = ffi.cast("const uint8_t *", text), size = #text, stop = 0, pause = pause or go_on,
         wanted = wanted, longest = longest(wanted), fields = {}, members = 0,
-        depth = 0, stack = ffi.new("uint16_t[?]", scan.DEPTH + 1),
+        depth = 0, stack = {},
     }
 end
 

@@ -20,19 +20,21 @@ local LONGEST = 65536
 
 -- What an account says.
 
-local function number(text, name)
-    return tonumber(match(text, '"' .. name .. '"%s*:%s*(%d+%.?%d*)'))
+-- Most answers have few of the names, so they are looked for without a pattern first: that is compiled.
+local function number(text, quoted)
+    local at = find(text, quoted, 1, true)
+    return at and tonumber(match(text, "^%s*:%s*(%d+%.?%d*)", at + #quoted))
 end
 
 -- OpenAI's account has everything in its prompt; Anthropic's has apart what was in the cache, or went there.
 local function numbers(text)
-    local read = number(text, "cache_read_input_tokens")
-    local prompt = number(text, "prompt_tokens") or number(text, "input_tokens")
+    local read = number(text, '"cache_read_input_tokens"')
+    local prompt = number(text, '"prompt_tokens"') or number(text, '"input_tokens"')
     return {
-        prompt = prompt and prompt + (read or 0) + (number(text, "cache_creation_input_tokens") or 0),
-        cached = read or number(text, "cached_tokens"),
-        completion = number(text, "completion_tokens") or number(text, "output_tokens"),
-        seconds = number(text, "seconds"),
+        prompt = prompt and prompt + (read or 0) + (number(text, '"cache_creation_input_tokens"') or 0),
+        cached = read or number(text, '"cached_tokens"'),
+        completion = number(text, '"completion_tokens"') or number(text, '"output_tokens"'),
+        seconds = number(text, '"seconds"'),
     }
 end
 
