@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,8 @@ def streaming(handler: Handler, asked: Asked) -> None:
 def gateway(tmp_path: Path) -> Iterator[Gateway]:
     ONLY.reset()
     ONLY.answer = streaming
-    clients = {f"client-{number}": {} for number in range(2000)} | {"team-a": {}}
+    clients: dict[str, dict[str, Any]] = {"team-a": {}}
+    clients.update((f"client-{number}", {}) for number in range(2000))
     keys = {KEY: {"client": "team-a"}} | {
         f"client-{number:016}": {"client": f"client-{number}"} for number in range(2000)
     }
@@ -113,11 +115,12 @@ def send(gateway: Gateway, body: Path) -> None:
 
 
 def test_a_scrape_does_not_hold_up_streams(gateway: Gateway) -> None:
+    connection = gateway.connection()
     for number in range(2000):
-        connection = gateway.connection() if number % 500 == 0 else connection  # noqa: F821
-        connection.request(
-            "POST", CHAT, json.dumps({"model": "small"}), {"Authorization": f"Bearer client-{number:016}"}
-        )
+        if number % 500 == 499:
+            connection = gateway.connection()  # Nginx closes one after a thousand requests
+        body = json.dumps({"model": "small"})
+        connection.request("POST", CHAT, body, {"Authorization": f"Bearer client-{number:016}"})
         assert connection.getresponse().read()
     alone, beside = longest_gap(gateway, gateway.metrics)
     print(

@@ -123,9 +123,10 @@ def test_nothing_is_lost_between_workers(metrics: Metrics) -> None:
     for seed in range(200):
         metrics["new"]()
         chance = random.Random(seed)
-        workers = [[[REQUESTS, ["client", chance.choice("abc")], 1] for _ in range(5)] for _ in range(3)]
+        clients = [[chance.choice("abc") for _ in range(5)] for _ in range(3)]
+        workers = [[[REQUESTS, ["client", client], 1] for client in worker] for worker in clients]
         metrics["together"](workers, [chance.randrange(1, 4) for _ in range(60)])
-        counts = Counter(call[1][1] for calls in workers for call in calls)
+        counts = Counter(client for worker in clients for client in worker)
         assert read(metrics) == {f'{REQUESTS}{{client="{client}"}}': count for client, count in counts.items()}
 
 

@@ -72,7 +72,7 @@ def names(count: int) -> list[str]:
 @pytest.mark.parametrize("count", [2, 3, 4, 8, 16, 50])
 def test_keys_are_shared_evenly(ring: Ring, count: int) -> None:
     """Nobody has twice its share, or less than half."""
-    counts = Counter(ring["firsts"](names(count), KEYS))
+    counts: Counter[bytes] = Counter(ring["firsts"](names(count), KEYS))
     assert len(counts) == count
     assert max(counts.values()) < 1.6 * len(KEYS) / count
     assert min(counts.values()) > 0.5 * len(KEYS) / count
