@@ -50,7 +50,7 @@ gpu: setup ## On a machine with an NVIDIA GPU, as root: deploy there, break it, 
 	@.venv/bin/python -m tests.gpu $(if $(STEPS),--steps $(STEPS))
 
 ##@ Work on it
-.PHONY: setup build docs lock lock-controller clean
+.PHONY: setup build docs lock lock-certbot lock-controller clean
 setup: ## Make .venv, the controller's Python environment, from requirements.lock; SETUP_PYTHON=3.11 for another Python than the newest here
 	@tools/setup.sh
 
@@ -64,6 +64,9 @@ lock: setup ## Lock a vLLM release: VLLM_VERSION=0.33.0 DEVICE=cuda|cpu, EXTRAS=
 	@$(if $(VLLM_VERSION),,$(error VLLM_VERSION is missing: make lock VLLM_VERSION=0.33.0 DEVICE=cuda))
 	@$(if $(DEVICE),,$(error DEVICE is missing: make lock VLLM_VERSION=$(VLLM_VERSION) DEVICE=cuda))
 	@.venv/bin/python tools/lock.py --version $(VLLM_VERSION) --device $(DEVICE) --extras "$(EXTRAS)"
+
+lock-certbot: setup ## Lock the newest certbot and its plugins for DNS again (role tls_certificate)
+	@.venv/bin/python tools/lock_certbot.py
 
 lock-controller: setup ## Lock the controller's Python environment again, from pyproject.toml
 	@$(UV) pip compile --quiet --universal --generate-hashes --python-version 3.11 --extra test \

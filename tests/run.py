@@ -40,13 +40,20 @@ LONGEST_FIRST = [
     "e2e others",
     "molecule docker",
     "molecule gateway",
+    "molecule tls_certificate_acme",
     "molecule tls_certificate",
     "molecule nvidia_container_toolkit",
     "molecule uv",
 ]
 # These mostly wait, for timers, closed ports and new connections: one of them runs beside the others. After the last of them its
 # worker helps with the others. With a fourth one two cores were busy all the time, and three starts of the real vLLM took over ten minutes.
-QUIET = ["molecule vllm_docker", "molecule base", "molecule firewall", "molecule ssh_hardening"]
+QUIET = [
+    "molecule virtual_address",
+    "molecule vllm_docker",
+    "molecule base",
+    "molecule firewall",
+    "molecule ssh_hardening",
+]
 # The oldest Ansible that is supported, in an environment of its own. Where there is no newer Python, everything runs on it.
 OLDEST = {"SETUP_PYTHON": "3.11", "SETUP_VENV": ".cache/python3.11"}
 TAIL = 60  # lines of a failing job's log

@@ -59,8 +59,8 @@ table inet vllm_fleet {{
 """
 
 
-# A protocol without ports
-VRRP = "vrrp"
+# A protocol without ports, by its number: not every host knows its name.
+VRRP = "112"
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def lines(found: Sequence[Rule], published: bool) -> str:
                 []
                 if published
                 else [
-                    f"\t\t{source}ip protocol vrrp accept {comment(rule.name)}\n" for source in matches(rule.networks)
+                    f"\t\t{source}ip protocol {VRRP} accept {comment(rule.name)}\n" for source in matches(rule.networks)
                 ]
             )
             continue

@@ -77,7 +77,7 @@ WEB = "tcp dport { 80, 443 } accept"
         ("gw1", {"challenge_ports": [80]}, [SSH, WEB, "ip6 saddr { fd00::2 } tcp dport { 80 } accept"]),
         ("gpu2", {"challenge_ports": [80]}, [SSH]),
         # gateways that share an address speak VRRP with each other, and with nobody else
-        ("gw1", {"virtual_address": "10.0.0.9", "gateways": ["gw1", "gpu1"]}, [SSH, WEB, "ip saddr { 10.0.0.11 } ip protocol vrrp accept"]),
+        ("gw1", {"virtual_address": "10.0.0.9", "gateways": ["gw1", "gpu1"]}, [SSH, WEB, "ip saddr { 10.0.0.11 } ip protocol 112 accept"]),
         ("gpu2", {"virtual_address": "10.0.0.9"}, [SSH]),
         # everybody of one family is nobody of the other
         ("gpu2", {"admin_networks": ["0.0.0.0/0"]}, [f"meta nfproto ipv4 {SSH}"]),
