@@ -10,7 +10,6 @@ reloads, gateway.decide() writes the other.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import http.client
 import json
@@ -28,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 from ansible.parsing.dataloader import DataLoader
-from ansible.plugins.loader import init_plugin_loader
 from ansible.template import Templar, trust_as_template
 
 from tests.certificates import make_pair
@@ -104,15 +102,8 @@ def release() -> dict[str, str]:
     return {"distribution": told["ID"].capitalize(), "release": told["VERSION_ID"]}
 
 
-@functools.cache
-def load_filters() -> None:
-    """Let templates find this collection's filters."""
-    init_plugin_loader([str(ROOT / ".collections")])
-
-
 def rendered(name: str, variables: dict[str, Any]) -> str:
     """A template of the role, as the role renders it."""
-    load_filters()
     every: dict[str, Any] = {"ansible_facts": {"gpufleet": release()}, "__gateway_program_id": "of-the-test"}
     for place in ("defaults", "vars"):
         every = DataLoader().load_from_file(str(ROLE / place / "main.yml"), trusted_as_template=True) | every
