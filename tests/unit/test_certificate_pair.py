@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 from ansible_collections.gpufleet.llm.plugins.modules.certificate_pair import look
 
-from tests.certificates import make_pair
-
 NAMES = ["llm.example.com", "192.0.2.10", "2001:db8::1"]
 AUTHORITY = "vLLM Fleet CA gw-1, Zürich"
 
@@ -98,19 +96,3 @@ def test_a_host_without_openssl(tmp_path: Path, reason: Callable[..., str], monk
     make(tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert reason() == "openssl is not installed"
-
-
-def test_what_a_certificate_authority_gave(tmp_path: Path, reason: Callable[..., str]) -> None:
-    """Whoever signed it; it was ordered as it is wanted now, and was renewed in time."""
-    pair = tmp_path / "pairs/acme-11111111-2222"
-    pair.mkdir(parents=True)
-    (tmp_path / "current").symlink_to("pairs/acme-11111111-2222")
-    make(tmp_path)
-    assert reason(authority_name="", pair="acme-11111111-") == ""
-    assert reason(authority_name="", pair="acme-33333333-") == "the certificate was not ordered as it is wanted now"
-    certificate, key = make_pair(days=22, name="llm.example.com")
-    (tmp_path / "fullchain.pem").write_text(certificate)
-    (tmp_path / "privkey.pem").write_text(key)
-    wanted = {"names": ["llm.example.com"], "authority_name": "", "days": 0}
-    assert reason(life=0.25, **wanted) == ""  # 22 of 82 days
-    assert reason(life=0.3, **wanted) == "the certificate is valid for 22.0 of its 82 days"
