@@ -10,7 +10,6 @@ reloads, gateway.decide() writes the other.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import http.client
 import json
@@ -36,6 +35,8 @@ from tests.gateway.backends import INTERNAL, Backend
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLE = ROOT / "roles" / "gateway"
+# Lets templates find this collection's filters.
+init_plugin_loader([str(ROOT / ".collections")])
 NAME = "llm.test"
 # The name that libraries find an address for.
 RESOLVED = "localhost"
@@ -104,15 +105,8 @@ def release() -> dict[str, str]:
     return {"distribution": told["ID"].capitalize(), "release": told["VERSION_ID"]}
 
 
-@functools.cache
-def load_filters() -> None:
-    """Let templates find this collection's filters."""
-    init_plugin_loader([str(ROOT / ".collections")])
-
-
 def rendered(name: str, variables: dict[str, Any]) -> str:
     """A template of the role, as the role renders it."""
-    load_filters()
     every: dict[str, Any] = {"ansible_facts": {"gpufleet": release()}, "__gateway_program_id": "of-the-test"}
     for place in ("defaults", "vars"):
         every = DataLoader().load_from_file(str(ROLE / place / "main.yml"), trusted_as_template=True) | every
