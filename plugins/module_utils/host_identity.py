@@ -22,6 +22,8 @@ def names(hostvars: fleet.HostVars, host: str, gateways: Sequence[str]) -> list[
     try:
         return [*found, fleet.fleet_address(hostvars, host)]
     except fleet.FleetError:
+        if hostvars[host].get("fleet_address"):
+            raise  # it is there, and wrong
         if list(gateways) == [host]:
             return [*found, fleet.LOOPBACK]
         if found:

@@ -95,6 +95,10 @@ authority_file:
   description: The one of O(authority_files) that counts, empty when none is there.
   returned: always
   type: str
+authority_wanted:
+  description: What is in RV(authority_file), PEM, empty when none is there.
+  returned: always
+  type: str
 """
 
 import ipaddress
@@ -234,13 +238,14 @@ def main() -> None:
     os.umask(0o022)
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
     reason = look(module)
-    authority = Path(module.params["directory"]) / "ca.pem"
+    authority, wanted = Path(module.params["directory"]) / "ca.pem", authority_of(module)
     module.exit_json(
         changed=False,
         good=not reason,
         reason=reason,
         authority=authority.read_text() if authority.exists() else "",
-        authority_file=str(authority_of(module) or ""),
+        authority_file=str(wanted or ""),
+        authority_wanted=wanted.read_text() if wanted else "",
     )
 
 

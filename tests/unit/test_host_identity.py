@@ -33,6 +33,8 @@ def test_the_names_of_a_certificate(host: str, gateways: list[str], names: list[
 def test_a_host_that_nothing_names_is_told() -> None:
     (problem,) = host_identity.problems({"gpu_3": {}}, "gpu_3", ["gw"])
     assert "set fleet_address" in problem
+    wrong = {"gw": {"fleet_address": "somewhere"}}
+    assert "fleet_address is 'somewhere'" in host_identity.problems(wrong, "gw", ["gw"])[0]
     long = "a" * 65
     (problem,) = host_identity.problems({long: {"fleet_address": "10.0.0.1"}}, long, ["gw"])
     assert "at most 64 letters" in problem
