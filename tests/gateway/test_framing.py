@@ -12,7 +12,7 @@ import pytest
 
 from tests.gateway.backends import Asked, Handler, tokens
 from tests.gateway.harness import CHAT, KEY, NAME, Gateway, document, route, running
-from tests.gateway.wire import BODY, REFUSALS, Http2, Witness, answers, request, send, staying
+from tests.gateway.wire import BODY, REFUSALS, Http2, Witness, answers, judge_logs, request, send, staying
 
 BACKEND = Witness("chat@gpu-1")
 
@@ -22,6 +22,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     directory: Path = tmp_path_factory.mktemp("framing")
     with running(directory, document([route("small", [BACKEND])], [BACKEND]), [BACKEND.id]) as gateway:
         yield gateway
+        judge_logs(gateway)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.gateway.backends import Asked, Handler
 from tests.gateway.harness import CHAT, KEY, NAME, Gateway, document, route, running
-from tests.gateway.wire import BODY, REFUSALS, Witness, answers, request
+from tests.gateway.wire import BODY, REFUSALS, Witness, answers, judge_logs, request
 
 SECRET_PATHS = (
     "/metrics",
@@ -38,6 +38,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     ]
     with running(directory, document(routes, [BACKEND]), [BACKEND.id]) as gateway:
         yield gateway
+        judge_logs(gateway)
 
 
 @pytest.fixture(autouse=True)
@@ -247,7 +248,7 @@ def test_names_with_odd_characters_are_served(gateway: Gateway) -> None:
                          ids=lambda header: repr(header[:30]))  # fmt: skip
 def test_sessions(gateway: Gateway, header: bytes) -> None:
     """Whatever names one, the request is answered, and the name stays here."""
-    values: tuple[object, ...] = ("", "a", "\0\r\n", "\ud800", 7, None, [], {"a": 1}, "x" * 100_000)
+    values: list[Any] = ["", "a", "\0\r\n", "\ud800", 7, None, [], {"a": 1}, "x" * 100_000]
     for value in values:
         for name in ("user", "prompt_cache_key", "messages"):
             body = json.dumps({"model": "kept", name: value}).encode()

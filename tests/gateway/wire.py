@@ -104,6 +104,20 @@ def send(gateway: Gateway, data: bytes, seconds: float = 15) -> bytes:
     return received
 
 
+def judge_logs(gateway: Gateway) -> None:
+    """Whatever came: every line of the access log is JSON, no key is in a log, and nothing in the program went wrong."""
+    # the bytes of a path are logged as they came
+    access, errors = (
+        (gateway.directory / "var/log/nginx" / name).read_text(errors="replace") for name in ("access.log", "error.log")
+    )
+    for line in access.splitlines():
+        assert {"client", "status", "uri", "backend"} <= set(json.loads(line)), line
+    for text in (access, errors):
+        assert KEY not in text
+        assert INTERNAL not in text
+        assert not re.search(r"\[(alert|crit|emerg)\]|traceback|runtime error", text), text[-3000:]
+
+
 class _Kept(io.BytesIO):
     """Bytes that http.client reads as a socket, answer after answer."""
 
