@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,9 @@ def test_gixy_finds_nothing(tmp_path: Path) -> None:
     (tmp_path / "mime.types").write_text("types { text/html html; }\n")
     configuration = tmp_path / "nginx.conf"
     text = render().replace("/etc/nginx/mime.types", str(tmp_path / "mime.types"))
+    # its parser does not know this one of Lua's blocks and loses everything behind it
+    text, count = re.subn(r"exit_worker_by_lua_block \{.*\}\n", "", text)
+    assert count == 1
     configuration.write_text(text)
     command = [str(Path(sys.executable).parent / "gixy"), "--skips=try_files_is_evil_too", str(configuration)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
