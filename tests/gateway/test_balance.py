@@ -231,7 +231,8 @@ def test_the_priority_is_the_clients_as_the_gateway_knows_it(
     gateway: Gateway, key: str, model: str, priority: int | None
 ) -> None:
     for said in ({}, {"priority": -100}):
-        FIRST.reset(), SECOND.reset()
+        FIRST.reset()
+        SECOND.reset()
         assert gateway.ask(CHAT, {"model": model, **said}, key=key).status == 200
         (asked,) = FIRST.asked + SECOND.asked
         assert asked.json.get("priority") == priority

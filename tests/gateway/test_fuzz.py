@@ -247,7 +247,8 @@ def test_names_with_odd_characters_are_served(gateway: Gateway) -> None:
                          ids=lambda header: repr(header[:30]))  # fmt: skip
 def test_sessions(gateway: Gateway, header: bytes) -> None:
     """Whatever names one, the request is answered, and the name stays here."""
-    for value in ("", "a", "\0\r\n", "\ud800", 7, None, [], {"a": 1}, "x" * 100_000):
+    values: tuple[object, ...] = ("", "a", "\0\r\n", "\ud800", 7, None, [], {"a": 1}, "x" * 100_000)
+    for value in values:
         for name in ("user", "prompt_cache_key", "messages"):
             body = json.dumps({"model": "kept", name: value}).encode()
             assert answers(gateway.raw(request(headers=header, body=body))) == [200]

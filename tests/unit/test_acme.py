@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import pytest
 import yaml
 from ansible_collections.gpufleet.llm.plugins.filter import acme as filters
 from ansible_collections.gpufleet.llm.plugins.module_utils import acme
+from ansible_collections.gpufleet.llm.plugins.modules import certificate_pair
+
+from tests.certificates import make_pair
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLE = ROOT / "roles/tls_certificate"
@@ -79,3 +83,29 @@ def test_the_filter_gets_what_the_role_gives_it() -> None:
     given = yaml.safe_load((ROLE / "vars/main.yml").read_text())["__tls_certificate_acme_given"]
     assert set(given) == set(GOOD)
     assert set(filters.FilterModule().filters()) == {"acme_problems"}
+
+
+class FakeModule:
+    """Stands in for AnsibleModule: parameters, and commands that are really run."""
+
+    def __init__(self, **parameters: Any) -> None:
+        self.params = {name: option.get("default") for name, option in certificate_pair.ARGUMENTS.items()} | parameters
+
+    def run_command(self, command: list[str]) -> tuple[int, str, str]:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+
+def test_a_pair_counts_when_it_was_ordered_as_it_is_wanted_and_renewed_in_time(tmp_path: Path) -> None:
+    pair = tmp_path / "pairs/acme-11111111-2222"
+    pair.mkdir(parents=True)
+    (tmp_path / "current").symlink_to("pairs/acme-11111111-2222")
+    for name, text in zip(("fullchain.pem", "privkey.pem"), make_pair(days=22, name="llm.example.com"), strict=True):
+        (tmp_path / name).write_text(text)
+
+    def reason(**parameters: Any) -> str:
+        return certificate_pair.look(FakeModule(directory=str(tmp_path), names=["llm.example.com"], **parameters))
+
+    assert reason(pair="acme-11111111-", life=0.25) == ""  # 22 of 82 days
+    assert reason(pair="acme-33333333-") == "the certificate was not ordered as it is wanted now"
+    assert reason(life=0.3) == "the certificate is valid for 22.0 of its 82 days"

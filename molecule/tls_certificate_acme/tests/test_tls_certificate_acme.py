@@ -13,14 +13,18 @@ from testinfra.host import Host
 from tests.acme import DIRECTORY, NOWHERE, SCENARIO, UNIT, Authority, account_of, names, reloads, served
 from tests.certificates import make_pair
 from tests.network import address_of
-from tests.roles import applied, apply_role, changed, refused
+from tests.playbooks import playbook
+from tests.roles import applied, apply_role, changed, environment, refused, role_command
 
 RENEWAL = f"{DIRECTORY}/acme/renewal/vllm-fleet.conf"
 
 
-def order(host: Host | list[Host], **variables: object) -> str:
-    """Apply the role, and order, as the play of the gateways does."""
-    return applied(host, SCENARIO, **variables) + applied(host, SCENARIO, entry_point="order", **variables)
+def order(hosts: Host | list[Host], **variables: object) -> str:
+    """Apply the role, and order, in one run as the play of the gateways does."""
+    _program, _converge, *arguments = role_command(hosts, SCENARIO, **variables)
+    done = playbook("molecule/tls_certificate_acme/both.yml", *arguments, environment=environment(SCENARIO))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture
