@@ -6,7 +6,6 @@ import pytest
 
 from tests.hosts.hosts import install
 
-
 PACKAGES = ["nginx", "libnginx-mod-http-lua", "lua-cjson", "lua-nginx-string"]
 
 
