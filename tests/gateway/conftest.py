@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-# First of all: once a module of the collection was imported without Ansible, Ansible does not find its filters any more.
-from tests.gateway import harness  # noqa: F401
 from tests.hosts.hosts import install
 
 PACKAGES = ["nginx", "libnginx-mod-http-lua", "lua-cjson", "lua-nginx-string"]

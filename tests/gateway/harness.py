@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 from ansible.parsing.dataloader import DataLoader
-from ansible.plugins.loader import init_plugin_loader
 from ansible.template import Templar, trust_as_template
 
 from tests.certificates import make_pair
@@ -35,8 +34,6 @@ from tests.gateway.backends import INTERNAL, Backend
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLE = ROOT / "roles" / "gateway"
-# Lets templates find this collection's filters.
-init_plugin_loader([str(ROOT / ".collections")])
 NAME = "llm.test"
 # The name that libraries find an address for.
 RESOLVED = "localhost"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,7 @@ def render(template: str = "etc/nginx/nginx.conf.j2", release: str = "Debian-13"
         "gateway_routes": [{"model": "m", "instance": "chat"}],
         "gateway_clients": [client("a", 600), client("b", 60, 1), client("c", 600)],
         "gateway_internal_key": "internal-" + KEYS[1],
+        "gateway_acme_webroot": "",
         **more,
     }
     environment = jinja2.Environment(
@@ -168,6 +170,9 @@ def test_gixy_finds_nothing(tmp_path: Path) -> None:
     (tmp_path / "mime.types").write_text("types { text/html html; }\n")
     configuration = tmp_path / "nginx.conf"
     text = render().replace("/etc/nginx/mime.types", str(tmp_path / "mime.types"))
+    # its parser does not know this one of Lua's blocks and loses everything behind it
+    text, count = re.subn(r"exit_worker_by_lua_block \{.*\}\n", "", text)
+    assert count == 1
     configuration.write_text(text)
     command = [str(Path(sys.executable).parent / "gixy"), "--skips=try_files_is_evil_too", str(configuration)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
