@@ -12,6 +12,7 @@ import pytest
 import yaml
 from ansible.errors import AnsibleFilterError, AnsibleUndefinedVariable
 from ansible.plugins.filter.core import FilterModule as CoreFilters
+from ansible.plugins.filter.mathstuff import FilterModule as MathFilters
 from ansible_collections.gpufleet.llm.plugins.filter import checks, gateway
 from ansible_collections.gpufleet.llm.plugins.filter import fleet as fleet_filters
 from ansible_collections.gpufleet.llm.plugins.module_utils import fleet
@@ -128,6 +129,12 @@ def render(template: str = "etc/nginx/nginx.conf.j2", release: str = "Debian-13"
         "__gateway_fleet_file": "/etc/vllm-gateway/fleet.json",
         "__gateway_internal_key_file": "/etc/vllm-gateway/internal_key",
         "__gateway_program_id": "0123456789ab",
+        "inventory_hostname": "gw-1",
+        "groups": {"gateway": ["gw-1", "gw-2"]},
+        "hostvars": {
+            "gw-1": {"fleet_address": "10.0.0.1"},
+            "gw-2": {"fleet_address": "fd00::2", "gateway_http_port": 80},
+        },
         "gateway_server_names": ["llm.example.com", "2001:db8::1"],
         "gateway_routes": [{"model": "m", "instance": "chat"}],
         "gateway_clients": [client("a", 600), client("b", 60, 1), client("c", 600)],
@@ -138,7 +145,11 @@ def render(template: str = "etc/nginx/nginx.conf.j2", release: str = "Debian-13"
         loader=jinja2.FileSystemLoader(ROLE / "templates"), undefined=jinja2.StrictUndefined,
         trim_blocks=True, keep_trailing_newline=True, autoescape=False,  # noqa: S701 - this is no HTML
     )  # fmt: skip
-    environment.filters |= CoreFilters().filters() | {f"gpufleet.llm.{name}": each for name, each in FILTERS.items()}
+    environment.filters |= (
+        CoreFilters().filters()
+        | MathFilters().filters()
+        | {f"gpufleet.llm.{name}": each for name, each in FILTERS.items()}
+    )
     return environment.get_template(template).render(values)
 
 
