@@ -129,6 +129,7 @@ def render(template: str = "etc/nginx/nginx.conf.j2", release: str = "Debian-13"
         "__gateway_fleet_file": "/etc/vllm-gateway/fleet.json",
         "__gateway_internal_key_file": "/etc/vllm-gateway/internal_key",
         "__gateway_program_id": "0123456789ab",
+        "gateway_acme_webroot": "/var/lib/acme",
         "inventory_hostname": "gw-1",
         "groups": {"gateway": ["gw-1", "gw-2"]},
         "hostvars": {
@@ -178,7 +179,12 @@ def test_gixy_finds_nothing(tmp_path: Path) -> None:
     """A judge of its own. try_files is skipped: its one name is never that of a file, it only delays the answer."""
     (tmp_path / "mime.types").write_text("types { text/html html; }\n")
     configuration = tmp_path / "nginx.conf"
-    text = render().replace("/etc/nginx/mime.types", str(tmp_path / "mime.types"))
+    # gixy does not know the one and would take all that follows for its content
+    text = (
+        render()
+        .replace("exit_worker_by_lua_block", "init_worker_by_lua_block")
+        .replace("/etc/nginx/mime.types", str(tmp_path / "mime.types"))
+    )
     configuration.write_text(text)
     command = [str(Path(sys.executable).parent / "gixy"), "--skips=try_files_is_evil_too", str(configuration)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
