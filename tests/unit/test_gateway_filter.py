@@ -181,21 +181,12 @@ def test_gixy_finds_nothing(tmp_path: Path) -> None:
     """A judge of its own. try_files is skipped: its one name is never that of a file, it only delays the answer."""
     (tmp_path / "mime.types").write_text("types { text/html html; }\n")
     configuration = tmp_path / "nginx.conf"
-<<<<<<< HEAD
-    text = render().replace("/etc/nginx/mime.types", str(tmp_path / "mime.types"))
-    # its parser does not know this one of Lua's blocks and loses everything behind it
-    text, count = re.subn(r"exit_worker_by_lua_block \{.*\}\n", "", text)
-    assert count == 1
-||||||| b974725
-    text = render().replace("/etc/nginx/mime.types", str(tmp_path / "mime.types"))
-=======
     # gixy does not know the one and would take all that follows for its content
     text = (
         render()
         .replace("exit_worker_by_lua_block", "init_worker_by_lua_block")
         .replace("/etc/nginx/mime.types", str(tmp_path / "mime.types"))
     )
->>>>>>> h/core
     configuration.write_text(text)
     command = [str(Path(sys.executable).parent / "gixy"), "--skips=try_files_is_evil_too", str(configuration)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
