@@ -195,7 +195,7 @@ class Role:
     def of_tree(self) -> Iterator[Landing]:
         """The files that `tree` puts in place."""
         for given, _task in self.calls("gpufleet.llm.tree"):
-            if given.get("state", "present") != "present":
+            if given.get("state", "present") in ("settled", "absent"):
                 continue
             arguments = filled(tree.ARGUMENTS, given)
             for name in ("modes", "when"):

@@ -242,7 +242,7 @@ def judged(path: Path, change: dict[str, dict[str, Any]]) -> dict[str, list[str]
     instances = example("vllm")["vars"]["vllm_instances"]
     groups = {
         "vllm": {"hosts": {"gpu-1": {"fleet_address": "192.0.2.11", "vllm_instances": instances}}},
-        "gateway": {"hosts": {"gw-1": {"fleet_address": "192.0.2.10"}}},
+        "gateway": {"hosts": {"gw-1": {"fleet_address": "192.0.2.10"}, "gw-2": {"fleet_address": "192.0.2.12"}}},
     }
     (path / "hosts.yml").write_text(yaml.safe_dump({"all": {"vars": VAULT, "children": groups}}))
     done = playbook("-i", path / "hosts.yml", path / "book.yml", directory=path)
