@@ -55,7 +55,7 @@ def test_the_example_of_a_filter_uses_it(name: str) -> None:
     example = yaml.safe_load((ROOT / f"plugins/filter/{name}.yml").read_text())["EXAMPLES"]
     environment = Environment(autoescape=False)  # noqa: S701 -- nothing is rendered
     environment.filters = {f"gpufleet.llm.{known}": function for known, function in FILTERS.items()}
-    environment.filters |= dict.fromkeys(("default", "difference"), str)  # Ansible's
+    environment.filters |= dict.fromkeys(("default", "difference", "from_json"), str)  # Ansible's
     [(_variable, template)] = yaml.safe_load(example).items()
     assert f"gpufleet.llm.{name}" in template
     environment.from_string(template)  # which knows no other filter
