@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,7 +140,6 @@ def render(template: str = "etc/nginx/nginx.conf.j2", release: str = "Debian-13"
         "gateway_routes": [{"model": "m", "instance": "chat"}],
         "gateway_clients": [client("a", 600), client("b", 60, 1), client("c", 600)],
         "gateway_internal_key": "internal-" + KEYS[1],
-        "gateway_acme_webroot": "",
         **more,
     }
     environment = jinja2.Environment(
