@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.gateway.harness import load_filters
 from tests.hosts.hosts import install
-
-# before a test imports anything of the collection: Ansible finds its filters only where the loader came first
-load_filters()
 
 PACKAGES = ["nginx", "libnginx-mod-http-lua", "lua-cjson", "lua-nginx-string"]
 
