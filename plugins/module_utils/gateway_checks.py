@@ -362,7 +362,8 @@ def told(
         # what no route names is out as well: somebody may wait for that
         "out": sorted({name for name, id_ in here.items() if id_ in gone} | (set(theirs) - set(here))),
         "kept": {name: uses[id_].why for name, id_ in here.items() if id_ in uses and uses[id_].kept},
-        "in_flight": {name: in_flight.get(id_, 0) for name, id_ in here.items()},
+        # what this gateway has no backend for any more may still have requests in old workers of Nginx
+        "in_flight": {name: in_flight.get(f"{name}@{host}", 0) for name in sorted({*here, *theirs})},
     }
 
 

@@ -135,6 +135,26 @@ def test_a_reload_keeps_the_state_and_the_counts(gateway: Gateway) -> None:
     gateway.configure(FLEET)
 
 
+def test_what_old_workers_still_have_is_told_when_the_backend_is_gone(gateway: Gateway) -> None:
+    gateway.state({SECOND.id: {}, THIRD.id: {}})
+    SECOND.answer = held(2)
+    kept = [one for one in FLEET["backends"] if one != SECOND.id]
+    left = {
+        **FLEET,
+        "backends": {one: FLEET["backends"][one] for one in kept},
+        "routes": [{**one, "backends": [name for name in one["backends"] if name in kept]} for one in FLEET["routes"]],
+    }
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(gateway.ask, CHAT, {"model": "two"})
+        gateway.until(lambda: SECOND.asked)
+        gateway.configure(left)
+        assert gateway.admin("/in_flight")["in_flight"][SECOND.id] == 1
+        assert slow.result().status == 200
+    gateway.until(lambda: SECOND.id not in gateway.admin("/in_flight")["in_flight"])
+    SECOND.answer = right
+    gateway.configure(FLEET)
+
+
 def test_routes_of_one_model_share_it_by_weight(gateway: Gateway) -> None:
     counted = asked(gateway, "shared", 200)
     assert 25 < counted[THIRD.id] < 80

@@ -303,8 +303,8 @@ def test_a_first_start_tells_nothing_of_what_was_not_asked() -> None:
 def test_an_agent_is_told_what_is_out_once_nginx_knows() -> None:
     fleet = Fleet.read(fleet_text(), KEY)
     uses = decide(fleet.routes, {A: OK, B: OK}, {A: leaving(1)}, used(A, B), 9.0)
-    told = gateway_checks.told(fleet, "a", uses, set(), {A: 3}, ["chat", "other"])
-    assert told == {"gateway": "gw-1", "out": ["other"], "kept": {}, "in_flight": {"chat": 3}}
+    told = gateway_checks.told(fleet, "a", uses, set(), {A: 3, "other@a": 1}, ["chat", "other"])
+    assert told == {"gateway": "gw-1", "out": ["other"], "kept": {}, "in_flight": {"chat": 3, "other": 1}}
     assert gateway_checks.told(fleet, "a", uses, {A}, {}, ["chat"])["out"] == ["chat"]
     kept = decide([Route("one", (A, B), 2)], {A: OK, B: OK}, {A: leaving(1)}, used(A, B), 9.0)
     assert "needs at least 2" in gateway_checks.told(fleet, "a", kept, set(), {}, ["chat"])["kept"]["chat"]

@@ -66,8 +66,29 @@ function state.read()
     end
 end
 
+-- The backends of this configuration, and those of former ones that old workers still have requests of.
+local function served()
+    local ids = {}
+    for id in (shared:get("served") or ""):gmatch("[^\n]+") do
+        ids[id] = state.in_flight_of(id) > 0 or nil
+    end
+    for id in pairs(fleet.backends) do
+        ids[id] = true
+    end
+    return ids
+end
+
+local function remember_served()
+    local list = {}
+    for id in pairs(served()) do
+        list[#list + 1] = id
+    end
+    shared:set("served", table.concat(list, "\n"))
+end
+
 function state.load(name)
     file_name, last_text, known = name, nil, nil
+    remember_served()
     state.read()
 end
 
@@ -128,7 +149,7 @@ local function alive(pid)
 end
 
 local function give_back(pid)
-    for id in pairs(fleet.backends) do
+    for id in pairs(served()) do
         local key = "in:" .. id .. ":" .. pid
         local count = shared:get(key)
         if count then
@@ -154,7 +175,7 @@ end
 -- For the checks service.
 function state.in_flight()
     local counts = {}
-    for id in pairs(fleet.backends) do
+    for id in pairs(served()) do
         counts[id] = state.in_flight_of(id)
     end
     return { serial = shared:get("serial") or 0, in_flight = counts }
