@@ -10,8 +10,8 @@ from typing import Any
 from ansible_collections.gpufleet.llm.plugins.module_utils import fleet, model_kinds
 
 VERSION = 1
-# The option of vLLM by which an instance refuses what it cannot begin with soon.
-QUEUE_BOUND = "max-num-queued-reqs"
+# The options of vLLM that bound the requests which an instance works on, and those that wait beside them.
+REQUEST_BOUNDS = ("max-num-seqs", "max-num-queued-reqs")
 
 
 def document(hostvars: fleet.HostVars, gateway: str, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,6 +65,7 @@ def backends(
             "address": backend.address,
             "port": backend.instance.port,
             "agent": fleet.agent_endpoint(hostvars, backend.instance.host, gateways),
+            "most_requests": most_requests(backend.instance),
         }
         for found in behind.values()
         for backend in found
@@ -107,7 +108,6 @@ def told_by_backends(min_available: int | None, found: Sequence[fleet.Backend]) 
     return {
         "backends": [backend.id for backend in found],
         "min_available": every if min_available is None else min(min_available, len(found)),
-        "max_queued": max_queued(found),
         "priority": bool(found) and all(has_priorities(backend.instance) for backend in found),
     }
 
@@ -123,11 +123,10 @@ def least_wanted(route: Mapping[str, Any]) -> int | None:
     return None if present == least_available(len(route["backends"])) else present
 
 
-def max_queued(found: Sequence[fleet.Backend]) -> int | None:
-    """How many requests may wait: as many as the instances let wait together; nothing where one of them has no bound."""
-    bounds = [backend.instance.options.get(QUEUE_BOUND) for backend in found]
-    counts = [int(bound) for bound in map(str, bounds) if bound.isdecimal()]
-    return sum(counts) if counts and len(counts) == len(bounds) else None
+def most_requests(instance: fleet.Instance) -> int | None:
+    """How many requests an instance takes, those that wait included; nothing where its options leave one of the two open."""
+    bounds = [str(instance.options.get(name)) for name in REQUEST_BOUNDS]
+    return sum(map(int, bounds)) if all(map(str.isdecimal, bounds)) else None
 
 
 def has_priorities(instance: fleet.Instance) -> bool:

@@ -70,7 +70,7 @@ def route(model: str, backends: Sequence[Backend], **more: Any) -> dict[str, Any
     return {
         "model": model, "aliases": [], "instance": backends[0].id.partition("@")[0] if backends else "none",
         "backends": [backend.id for backend in backends], "paths": [CHAT, "/v1/completions"], "clients": None, "weight": 1,
-        "balance": "least", "session_header": None, "min_available": 0, "retry": True, "max_queued": None, **more,
+        "balance": "least", "session_header": None, "min_available": 0, "retry": True, **more,
     }  # fmt: skip
 
 

@@ -60,19 +60,19 @@ def test_a_document_with_everything_left_out() -> None:
         "gateway": "gw1",
         "settings": {"max_body_bytes": 1},
         "backends": {
-            "chat@gpu1": {"instance": "chat", "host": "gpu1", "address": "10.0.0.11", "port": 8000, "agent": "10.0.0.11:9440"},
-            "chat@gpu2": {"instance": "chat", "host": "gpu2", "address": "fd00::12", "port": 8000, "agent": "[fd00::12]:9441"},
-            "embed@gpu2": {"instance": "embed", "host": "gpu2", "address": "fd00::12", "port": 8001, "agent": "[fd00::12]:9441"},
+            "chat@gpu1": {"instance": "chat", "host": "gpu1", "address": "10.0.0.11", "port": 8000, "agent": "10.0.0.11:9440", "most_requests": None},
+            "chat@gpu2": {"instance": "chat", "host": "gpu2", "address": "fd00::12", "port": 8000, "agent": "[fd00::12]:9441", "most_requests": None},
+            "embed@gpu2": {"instance": "embed", "host": "gpu2", "address": "fd00::12", "port": 8001, "agent": "[fd00::12]:9441", "most_requests": None},
         },
         "routes": [
             {
                 "model": "qwen", "aliases": [], "instance": "chat", "backends": ["chat@gpu1", "chat@gpu2"],
                 "paths": ["/v1/chat/completions", "/v1/embeddings"], "clients": None, "weight": 1, "balance": "least", "session_header": None,
-                "min_available": 1, "retry": True, "max_queued": None, "priority": False,
+                "min_available": 1, "retry": True, "priority": False,
             },
             {
                 "model": "bge", "aliases": [], "instance": "embed", "backends": ["embed@gpu2"], "paths": ["/v1/embeddings"], "clients": None,
-                "weight": 1, "balance": "least", "session_header": None, "min_available": 0, "retry": True, "max_queued": None,
+                "weight": 1, "balance": "least", "session_header": None, "min_available": 0, "retry": True,
                 "priority": False,
             },
         ],
@@ -97,16 +97,19 @@ def test_a_route_says_all_that_it_can() -> None:
     assert found == {
         "model": "qwen", "aliases": ["gpt-4o", "o1"], "instance": "chat", "backends": ["chat@gpu1", "chat@gpu2"],
         "paths": ["/v1/messages", "/tokenize"], "clients": [], "weight": 3, "balance": "session", "session_header": "x-session-id",
-        "min_available": 0, "retry": False, "max_queued": 16, "priority": True,
+        "min_available": 0, "retry": False, "priority": True,
     }  # fmt: skip
     [found] = made(routes=[{**route, "session_header": "X-Chat-Id"}])["routes"]
     assert found["session_header"] == "x-chat-id"
 
 
-def test_a_bound_that_one_of_the_backends_lacks_is_none() -> None:
-    hostvars = inventory(**{"max-num-queued-reqs": 8})
-    hostvars["gpu1"]["vllm_instances"] = [{"name": "chat", "model": "qwen", "port": 8000}]
-    assert made(hostvars)["routes"][0]["max_queued"] is None
+def test_the_requests_that_a_backend_takes_are_those_it_works_on_and_those_that_wait() -> None:
+    hostvars = inventory(**{"max-num-seqs": 32, "max-num-queued-reqs": 8})
+    hostvars["gpu1"]["vllm_instances"] = [
+        {"name": "chat", "model": "qwen", "port": 8000, "options": {"max-num-queued-reqs": 8}}
+    ]
+    found = made(hostvars)["backends"]
+    assert (found["chat@gpu1"]["most_requests"], found["chat@gpu2"]["most_requests"]) == (None, 40)
 
 
 def test_a_client_has_several_keys_and_budgets() -> None:
