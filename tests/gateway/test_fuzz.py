@@ -195,6 +195,12 @@ def test_names_of_no_model(gateway: Gateway, name: str) -> None:
     assert BACKEND.reached == []
 
 
+@pytest.mark.parametrize("host", [b"\xff", NAME.encode() + b"\xc3"])
+def test_a_host_that_is_no_text_gets_nothing(gateway: Gateway, host: bytes) -> None:
+    """And its line in the log can be read, as judge_logs() sees."""
+    assert gateway.raw(b"GET /v1/models HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n") == b""
+
+
 @pytest.mark.parametrize("name", [b"\xff\xfe", b"\xc3", b"\xed\xa0\x80", b"a" * 199 + b"\xc3\xa9", b"\xf0\x9f\xa6"])
 def test_names_that_are_no_text(gateway: Gateway, name: bytes) -> None:
     assert gateway.ask(CHAT, b'{"model": "%s"}' % name).error
