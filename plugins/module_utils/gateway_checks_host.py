@@ -8,9 +8,11 @@ import asyncio
 import contextlib
 import json
 import ssl
+import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ansible_collections.gpufleet.llm.plugins.module_utils import model_kinds
@@ -286,3 +288,13 @@ class InFlight:
     def has(self, serial: int) -> bool:
         """Whether no request is sent any more that this state forbids."""
         return self.silent_since is not None or self.serial >= serial
+
+
+def not_after(certificate: Path) -> int | None:
+    """When a certificate ends, in unix seconds; None where it is not there or is none. Of a chain the first one counts."""
+    command = ["openssl", "x509", "-in", str(certificate), "-noout", "-enddate"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return ssl.cert_time_to_seconds(run.stdout.strip().removeprefix("notAfter="))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None

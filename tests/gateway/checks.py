@@ -31,7 +31,7 @@ MODEL = "small"
 # Below the directory of a test; credentials as systemd gives them.
 FILES = {
     "fleet": "fleet.json", "state": "run/state.json", "memory": "memory", "admin": "run/admin.sock",
-    "credentials": "credentials", "certificate": "cert.pem",
+    "credentials": "credentials", "certificate": "cert.pem", "tls-certificate": "fullchain.pem",
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from tests.stand_in.local import Running, unpack, up
 
 FILES = {
     "fleet": "etc/vllm-gateway/fleet.json", "state": "run/vllm-gateway/state.json", "admin": "run/vllm-gateway/admin.sock",
+    "tls-certificate": "etc/ssl/vllm-fleet/fullchain.pem",
 }  # fmt: skip
 QUESTION = {"model": "small", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.gateway_checks import
     decide,
     lines,
 )
+from ansible_collections.gpufleet.llm.plugins.module_utils.gateway_checks_host import not_after
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_kinds import Work, work
 
 KEY = "internal"
@@ -314,3 +316,10 @@ def test_a_use_is_written_as_the_contract_has_it() -> None:
     use = Use(True, "", "ok", since=2.0)
     assert set(use.written()) == {"use", "why", "check", "operator", "leaving", "kept", "since"}
     assert Use.remembered(use.written()) == use
+
+
+@pytest.mark.parametrize("text", ["", "none", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
+def test_what_is_no_certificate_has_no_end(tmp_path: Path, text: str) -> None:
+    (tmp_path / "cert.pem").write_text(text)
+    assert not_after(tmp_path / "cert.pem") is None
+    assert not_after(tmp_path / "nothing.pem") is None

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 
-from tests.certificates import Authority
+from tests.certificates import Authority, make_pair
 from tests.gateway.checks import INTERVAL, RETRY, TIMEOUT, Agent, Checks, serve
 from tests.stand_in.local import KEY, Running, unpack, up
 from tests.upstream import Upstream, listening
@@ -570,3 +571,21 @@ def cpu(gateway: Checks) -> float:
     assert gateway.process
     fields = Path(f"/proc/{gateway.process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_the_state_says_when_the_certificates_end(gateway: Checks, backend: Any, authority: Authority) -> None:
+    """Those of the files that are there now; without a file nothing is said."""
+    gateway.has("chat@a", backend.url)
+    gateway.configure()
+    gateway.start()
+    gateway.until(lambda: set(gateway.state["certificates"]) == {"fleet"})
+    end = x509.load_pem_x509_certificate((gateway.path("credentials") / "fleet_cert").read_bytes()).not_valid_after_utc
+    assert gateway.state["certificates"]["fleet"] == int(end.timestamp())
+    for days in (30, 90):
+        pair, _ = make_pair(days)
+        aside = gateway.path("fullchain.new")
+        aside.write_text(pair + authority.pem)
+        aside.rename(gateway.path("fullchain.pem"))
+        gateway.until(lambda: "tls" in gateway.state["certificates"])
+        wanted = time.time() + days * 86400
+        gateway.until(lambda: abs(gateway.state["certificates"]["tls"] - wanted) < 120)  # noqa: B023

@@ -39,6 +39,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.gateway_checks_host i
     Asker,
     InFlight,
     Times,
+    not_after,
 )
 
 # state.json is written again after this, so that whoever reads it sees that somebody is there.
@@ -47,6 +48,8 @@ ALIVE_SECONDS = 5.0
 SILENT_SECONDS = 10.0
 FIRST_SECONDS = 5.0
 AGENT_SECONDS = 3.0
+# How often it is looked when the certificates end.
+CERTIFICATES_SECONDS = 3600.0
 # What the hosts said last, beside the files of the backends, which all have an @ in their names.
 WISHES = "hosts.json"
 NEW = Check()
@@ -111,6 +114,8 @@ class Service:
         # Since when each agent cannot be asked; negative once that was told.
         self.silent: dict[str, float] = {}
         self.tasks: dict[Backend | Agent, asyncio.Task[None]] = {}
+        # When they end, by name.
+        self.certificates: dict[str, int] = {}
         self.nginx = InFlight(str(settings.admin), settings.drain)
         self.changed = asyncio.Event()
         state = read(settings.state)
@@ -193,10 +198,13 @@ class Service:
             unused = [name for name, use in self.uses.items() if not use.use]
             self.out = {name: self.out.get(name, self.serial) for name in unused}
         if self.uses != before or time.monotonic() - self.written >= self.settings.alive:
-            backends = {name: use.written() for name, use in self.uses.items()}
-            write(
-                self.settings.state, {"serial": self.serial, "time": time.time(), "backends": backends}, durable=False
-            )
+            told = {
+                "serial": self.serial,
+                "time": time.time(),
+                "backends": {name: use.written() for name, use in self.uses.items()},
+                "certificates": self.certificates,
+            }
+            write(self.settings.state, told, durable=False)
             self.written = time.monotonic()
         for warning, line in lines(self.fleet.routes, before, self.uses):
             log(line, warning)
@@ -269,6 +277,16 @@ class Service:
             known = self.nginx.problem
             await asyncio.sleep(self.settings.agent_interval)
 
+    async def follow_certificates(self) -> None:
+        """Look again and again when the certificate for clients and that of the fleet end: at once when clients get another one."""
+        files = {"tls": self.settings.tls_certificate, "fleet": self.settings.credentials / "fleet_cert"}
+        while True:
+            before, looked = seen(self.settings.tls_certificate), time.monotonic()
+            found = {name: await asyncio.to_thread(not_after, file) for name, file in files.items()}
+            self.certificates = {name: end for name, end in found.items() if end is not None}
+            while seen(self.settings.tls_certificate) == before and time.monotonic() - looked < CERTIFICATES_SECONDS:
+                await asyncio.sleep(1.0)
+
     def follow_all(self, group: asyncio.TaskGroup) -> None:
         """One task for each backend and each agent that there is."""
         wanted: set[Backend | Agent] = {*self.fleet.backends.values(), *self.agents.values()}
@@ -287,6 +305,7 @@ class Service:
         log(f"{self.fleet.gateway}: {len(self.fleet.backends)} backends are checked, {len(self.agents)} hosts asked")
         async with asyncio.TaskGroup() as group:
             group.create_task(self.follow_nginx())
+            group.create_task(self.follow_certificates())
             self.follow_all(group)
             # Without a state Nginx uses all backends: those that nobody knows yet are asked before the first one is told.
             first = time.monotonic() + FIRST_SECONDS
@@ -334,6 +353,7 @@ def main() -> None:
         "memory": "/var/lib/vllm-gateway",
         "admin": "/run/vllm-gateway/admin.sock",
         "certificate": "/etc/ssl/vllm-fleet/fleet/cert.pem",
+        "tls-certificate": "/etc/ssl/vllm-fleet/fullchain.pem",
         "credentials": os.environ.get("CREDENTIALS_DIRECTORY", "."),
     }
     for name, default_path in paths.items():
