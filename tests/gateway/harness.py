@@ -234,14 +234,15 @@ class Gateway:
         named = {name.replace("_at_", "@").replace("_", "-"): said for name, said in backends.items()}
         self.state({name: said if isinstance(said, dict) else {"use": said} for name, said in named.items()})
 
-    def state(self, backends: dict[str, dict[str, Any]]) -> None:
-        """The same, with whole entries."""
+    def state(self, backends: dict[str, dict[str, Any]], **more: Any) -> None:
+        """The same, with whole entries, and more than the backends."""
         self.serial += 1
         usual = {"use": True, "why": "", "check": "ok", "operator": "up", "leaving": False, "kept": False, "since": 0.0}
         told = {
             "serial": self.serial,
             "time": time.time(),
             "backends": {name: {**usual, **said} for name, said in backends.items()},
+            **more,
         }
         self.write("run/vllm-gateway/state.json", json.dumps(told))
         self.until(lambda: self.admin("/in_flight")["serial"] == self.serial)

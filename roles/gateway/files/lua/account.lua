@@ -182,18 +182,28 @@ function account.went_again(backend)
     metrics.count(counts, "vllm_gateway_retries_total", metrics.labels("backend", backend.id), 1)
 end
 
+local function gauge(write, name, help, lines)
+    write(("# HELP %s %s\n# TYPE %s gauge\n"):format(name, help, name) .. table.concat(lines))
+end
+
 -- What is so at this moment.
 local function gauges(write)
-    local used, in_flight = {}, {}
+    local used, in_flight, ends = {}, {}, {}
     for id in pairs(fleet.backends) do
         local label = metrics.labels("backend", id)
         used[#used + 1] = ("vllm_gateway_backend_used{%s} %d\n"):format(label, state.used(id) and 1 or 0)
         in_flight[#in_flight + 1] = ("vllm_gateway_in_flight{%s} %d\n"):format(label, state.in_flight_of(id))
     end
-    write("# HELP vllm_gateway_backend_used Whether the gateway sends requests to a backend.\n# TYPE vllm_gateway_backend_used gauge\n")
-    write(table.concat(used))
-    write("# HELP vllm_gateway_in_flight Requests that a backend has to answer.\n# TYPE vllm_gateway_in_flight gauge\n")
-    write(table.concat(in_flight))
+    for _, name in ipairs(state.CERTIFICATES) do
+        local label, time = metrics.labels("certificate", name), state.not_after(name)
+        ends[#ends + 1] = time and ("vllm_gateway_certificate_expiry_timestamp_seconds{%s} %d\n"):format(label, time)
+    end
+    local age = state.age()
+    gauge(write, "vllm_gateway_backend_used", "Whether the gateway sends requests to a backend.", used)
+    gauge(write, "vllm_gateway_in_flight", "Requests that a backend has to answer.", in_flight)
+    gauge(write, "vllm_gateway_state_age_seconds", "For how long the checks have written no state.",
+        { age and ("vllm_gateway_state_age_seconds %.3f\n"):format(age) })
+    gauge(write, "vllm_gateway_certificate_expiry_timestamp_seconds", "When a certificate ends.", ends)
 end
 
 -- For Prometheus, some series at a time: streams go on in between.

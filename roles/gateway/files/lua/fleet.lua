@@ -80,7 +80,7 @@ function fleet.load(data_file, key_file)
     local key = read(key_file):gsub("%s+$", "")
     assert(hash(key) == data.internal_key_sha256, key_file .. " does not belong to " .. data_file)
 
-    fleet.id = hash(text):sub(1, 12)
+    fleet.id, fleet.gateway = hash(text):sub(1, 12), data.gateway
     fleet.settings, fleet.keys, fleet.clients, fleet.routes = data.settings, data.keys, data.clients, data.routes
     fleet.authorization = "Bearer " .. key
     fleet.backends = {}

@@ -37,6 +37,7 @@ function gateway.load(told)
     fleet.load(told.fleet, told.internal_key)
     state.load(told.state)
     budgets.load(told.budgets)
+    require("status").load(told.page, told.program)
 end
 
 -- init_worker_by_lua

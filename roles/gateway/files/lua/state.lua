@@ -8,6 +8,8 @@ local state = {}
 -- A failure counts as this many requests in flight, for this many seconds: who fails fast would have the fewest otherwise.
 local FAILURE_LOAD = 4
 local FAILURE_SECONDS = 10
+-- What the checks know the end of: the certificate that clients see, and the one of the fleet, which hosts see.
+state.CERTIFICATES = { "tls", "fleet" }
 
 local shared = ngx.shared.gateway_state
 local file_name
@@ -42,6 +44,9 @@ local function adopt(text)
         shared:set("leaving:" .. id, backend.leaving == true)
     end
     shared:set("time", tonumber(told.time) or 0)
+    for _, name in ipairs(state.CERTIFICATES) do
+        shared:set("not_after:" .. name, tonumber((told.certificates or {})[name]))
+    end
     changed()
     shared:set("serial", tonumber(told.serial) or 0)
 end
@@ -170,6 +175,33 @@ function state.sweep()
         end
     end
     return alive
+end
+
+-- The state as it was written, with the reasons, which are of no use to requests. Nothing when there is none.
+function state.told()
+    local file = io.open(file_name, "rb")
+    local told = file and cjson.decode(file:read("*a"))
+    if file then
+        file:close()
+    end
+    return type(told) == "table" and type(told.backends) == "table" and told or nil
+end
+
+-- For how long the checks have written nothing.
+function state.age()
+    local time = shared:get("time")
+    return time and math.max(0, ngx.now() - time)
+end
+
+-- When a certificate ends, in unix seconds.
+function state.not_after(certificate)
+    return shared:get("not_after:" .. certificate)
+end
+
+-- How many workers there are, and how many of them belong to former configurations.
+function state.workers()
+    local all = shared:llen("owners") or 0
+    return { all = all, old = math.max(0, all - ngx.worker.count()) }
 end
 
 -- For the checks service.
