@@ -286,7 +286,7 @@ class Running:
     def vllm_router(self) -> Way:
         port = harness.free_port()
         urls = [f"http://127.0.0.1:{one}" for one in self.ports.values()]
-        command = (
+        command: tuple[str, ...] = (
             f"{ENVIRONMENT}/bin/vllm-router",
             "--host",
             "127.0.0.1",
