@@ -36,6 +36,7 @@ from tests.certificates import make_pair
 from tests.gateway import harness
 
 HERE = Path(__file__).parent / "gateways"
+UV = Path(sys.executable).with_name("uv")
 ENVIRONMENT = Path(__file__).resolve().parents[2] / ".cache" / "bench-gateways"
 KEY = harness.KEY
 BODY = {"model": "small", "messages": [{"role": "user", "content": "word " * 100}]}
@@ -349,10 +350,10 @@ class Known:
 def install() -> None:
     """What is compared with, in an environment of its own."""
     if not (ENVIRONMENT / "bin" / "litellm").exists():
-        subprocess.run(["uv", "venv", "-q", str(ENVIRONMENT), "--python", "3.12"], check=True)
+        subprocess.run([str(UV), "venv", "-q", str(ENVIRONMENT), "--python", "3.12"], check=True)
         subprocess.run(
             [
-                "uv",
+                str(UV),
                 "pip",
                 "install",
                 "-q",
