@@ -1,12 +1,13 @@
 # Copyright: the vLLM Fleet authors
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with the routes and the clients that an inventory gives a gateway, in sentences: which variable, what is wrong, what is right.
+"""What is wrong with the routes, the clients and the surroundings of a gateway, in sentences: which variable, what is wrong, what is right.
 
 No sentence has a key.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -289,6 +290,28 @@ def entry_problems(where: str, entry: Entry) -> list[str]:
             problems.append(
                 f"gateway_clients: expires of {where} is {until!r}; it must be a date such as 2027-01-31, from which on the key is refused, "
                 "or a time such as 2027-01-31T12:00:00Z"
+            )
+    return problems
+
+
+def proxy_problems(networks: Sequence[str]) -> list[str]:
+    """What is no network, and networks that would let anybody say who the client is."""
+    problems = []
+    for text in networks:
+        try:
+            network = ipaddress.ip_network(text, strict=False)
+        except ValueError:
+            problems.append(
+                f"gateway_trusted_proxies: {text} is neither an address nor a network; write it as 10.0.0.5, 10.0.8.0/24 or fd00:8::/64"
+            )
+            continue
+        if network.prefixlen == 0:
+            problems.append(
+                f"gateway_trusted_proxies: {text} is everybody, so every client could choose its address; name the addresses of the balancers"
+            )
+        elif ipaddress.ip_interface(text).ip != network.network_address:
+            problems.append(
+                f"gateway_trusted_proxies: {text} is an address within a network; write {text.partition('/')[0]} for the one or {network} for the other"
             )
     return problems
 

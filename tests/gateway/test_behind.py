@@ -1,0 +1,123 @@
+"""A gateway with a proxy in front of it: who is believed to be the client, and what the proxy may ask for."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.gateway.backends import Backend
+from tests.gateway.harness import CHAT, KEY, NAME, Gateway, document, route, running
+
+ONLY = Backend("chat@gpu-1")
+FLEET = document([route("small", [ONLY])], [ONLY])
+# The proxy has an address of its own on loopback; whoever comes from another one is none.
+PROXY, OTHER = "127.0.0.2", "127.0.0.3"
+CLIENT, SECOND_CLIENT = "203.0.113.7", "2001:db8::7"
+# 127.0.0.1 is loopback to the gateway, and this one any address of its host.
+HOST = "127.0.0.9"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    ONLY.reset()
+    return tmp_path
+
+
+def connected(gateway: Gateway, source: str, first: bytes = b"", host: str = HOST) -> http.client.HTTPConnection:
+    """A connection from an address, whose first bytes come before TLS."""
+    plain = socket.create_connection((host, gateway.port), 10, (source, 0))
+    plain.sendall(first)
+    made = http.client.HTTPConnection(NAME)
+    made.sock = gateway.tls.wrap_socket(plain, server_hostname=NAME)
+    return made
+
+
+def seen(gateway: Gateway, connection: http.client.HTTPConnection, forwarded: str = "") -> str:
+    """The address that the log has of a request."""
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    connection.request(
+        "POST", CHAT, b'{"model":"small"}', {**headers, **({"X-Forwarded-For": forwarded} if forwarded else {})}
+    )
+    response = connection.getresponse()
+    response.read()
+    assert response.status == 200
+    return str(gateway.logged(str(response.headers["X-Request-Id"]))["remote_addr"])
+
+
+# --- X-Forwarded-For
+
+
+@pytest.fixture
+def behind(directory: Path) -> Iterator[Gateway]:
+    """A gateway that trusts one proxy, and a second one behind it."""
+    limits = {"gateway_unauthorized_requests_per_minute": 1, "gateway_unauthorized_burst": 0}
+    with running(directory, FLEET, [ONLY.id], gateway_trusted_proxies=[PROXY, "10.0.0.0/8"], **limits) as gateway:
+        yield gateway
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "client"),
+    [
+        (CLIENT, CLIENT),
+        (SECOND_CLIENT, SECOND_CLIENT),
+        (f"192.0.2.1, {CLIENT}", CLIENT),  # what the client wrote itself stands in front
+        (f"{CLIENT}, 10.1.2.3", CLIENT),  # two proxies
+        ("", PROXY),
+        ("nobody", PROXY),
+    ],
+)
+def test_a_trusted_proxy_says_who_the_client_is(behind: Gateway, forwarded: str, client: str) -> None:
+    assert seen(behind, connected(behind, PROXY), forwarded) == client
+    assert ONLY.asked[-1].headers["x-forwarded-for"] == client
+
+
+def test_nobody_else_is_believed(behind: Gateway) -> None:
+    assert seen(behind, connected(behind, OTHER), CLIENT) == OTHER
+
+
+def test_limits_are_those_of_the_client_and_not_of_the_proxy(behind: Gateway) -> None:
+    def refused(client: str) -> int:
+        connection = connected(behind, PROXY)
+        connection.request("GET", "/v1/models", headers={"X-Forwarded-For": client})
+        return connection.getresponse().status
+
+    assert [refused(CLIENT), refused(SECOND_CLIENT), refused(CLIENT)] == [401, 401, 429]
+
+
+def test_without_proxies_nobody_is_believed(directory: Path) -> None:
+    with running(directory, FLEET, [ONLY.id]) as gateway:
+        assert seen(gateway, connected(gateway, PROXY), CLIENT) == PROXY
+
+
+# --- the PROXY protocol
+
+SAID = f"PROXY TCP4 {CLIENT} {HOST} 5000 443\r\n".encode()
+SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+BINARY = SIGNATURE + b"\x21\x11\0\x0c" + socket.inet_aton(CLIENT) + socket.inet_aton(HOST) + b"\x13\x88\x01\xbb"
+
+
+@pytest.fixture
+def passed_on(directory: Path) -> Iterator[Gateway]:
+    """A gateway to which TLS is passed on."""
+    with running(directory, FLEET, [ONLY.id], gateway_trusted_proxies=[PROXY], gateway_proxy_protocol=True) as gateway:
+        yield gateway
+
+
+@pytest.mark.parametrize("first", [SAID, BINARY])
+def test_the_proxy_protocol_says_who_the_client_is(passed_on: Gateway, first: bytes) -> None:
+    assert seen(passed_on, connected(passed_on, PROXY, first), "192.0.2.1") == CLIENT
+
+
+def test_the_proxy_protocol_of_others_is_not_believed(passed_on: Gateway) -> None:
+    assert seen(passed_on, connected(passed_on, OTHER, SAID)) == OTHER
+
+
+def test_without_the_proxy_protocol_a_connection_is_closed_but_on_loopback(passed_on: Gateway) -> None:
+    with pytest.raises(OSError):
+        connected(passed_on, PROXY)
+    # the role's own questions
+    assert seen(passed_on, connected(passed_on, "127.0.0.1", host="127.0.0.1"), CLIENT) == "127.0.0.1"
