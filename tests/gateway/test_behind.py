@@ -121,3 +121,62 @@ def test_without_the_proxy_protocol_a_connection_is_closed_but_on_loopback(passe
         connected(passed_on, PROXY)
     # the role's own questions
     assert seen(passed_on, connected(passed_on, "127.0.0.1", host="127.0.0.1"), CLIENT) == "127.0.0.1"
+
+
+# --- plain HTTP
+
+HTTPS = {"X-Forwarded-Proto": "https"}
+MODEL = b'{"model":"small"}'
+
+
+@pytest.fixture
+def plain(directory: Path) -> Iterator[Gateway]:
+    """A gateway whose proxy opens TLS."""
+    with running(directory, FLEET, [ONLY.id], gateway_trusted_proxies=[PROXY], gateway_plain_http=True) as gateway:
+        yield gateway
+
+
+def by_http(
+    gateway: Gateway, source: str, headers: dict[str, str], path: str = CHAT, method: str = "POST"
+) -> http.client.HTTPResponse:
+    """An answer without TLS, whose body has not been read."""
+    connection = http.client.HTTPConnection(HOST, gateway.http_port, 10, (source, 0))
+    everything = {"Host": NAME, "Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers}
+    connection.request(method, path, MODEL if method == "POST" else None, everything)
+    return connection.getresponse()
+
+
+def test_a_proxy_is_served_without_tls(plain: Gateway) -> None:
+    response = by_http(plain, PROXY, {**HTTPS, "X-Forwarded-For": CLIENT})
+    assert (response.status, response.headers["Strict-Transport-Security"]) == (200, "max-age=63072000")
+    assert plain.logged(str(response.headers["X-Request-Id"]))["remote_addr"] == CLIENT
+    refused = by_http(plain, PROXY, {**HTTPS, "Authorization": "Bearer wrong"})
+    assert (refused.status, b"invalid_api_key" in refused.read()) == (401, True)
+
+
+def test_a_proxy_that_says_nothing_of_its_clients_is_served_without_a_word_of_https(plain: Gateway) -> None:
+    response = by_http(plain, PROXY, {})
+    assert (response.status, response.headers["Strict-Transport-Security"]) == (200, None)
+
+
+@pytest.mark.parametrize(
+    ("source", "headers"),
+    [(OTHER, {}), (OTHER, HTTPS), (OTHER, {"X-Forwarded-For": PROXY}), (PROXY, {"X-Forwarded-Proto": "http"})],
+)
+def test_everybody_else_is_sent_to_https(plain: Gateway, source: str, headers: dict[str, str]) -> None:
+    response = by_http(plain, source, headers, CHAT + "?of=mine")
+    assert response.status == 308
+    assert response.headers["Location"] == f"https://{NAME}:{plain.port}{CHAT}?of=mine"
+    assert response.headers["Strict-Transport-Security"] is None
+    assert ONLY.asked == []
+
+
+def test_by_default_a_proxy_is_sent_to_https_as_well(behind: Gateway) -> None:
+    assert by_http(behind, PROXY, HTTPS).status == 308
+
+
+def test_only_answers_by_https_say_to_stay_there(plain: Gateway) -> None:
+    assert plain.ask("/healthz", key=None).headers["strict-transport-security"] == "max-age=63072000"
+    for host in (NAME, "whoever.test"):
+        response = by_http(plain, OTHER, {"Host": host}, "/healthz", "GET")
+        assert (response.status, response.headers["Strict-Transport-Security"]) == (200, None)
