@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -180,3 +181,18 @@ def test_only_answers_by_https_say_to_stay_there(plain: Gateway) -> None:
     for host in (NAME, "whoever.test"):
         response = by_http(plain, OTHER, {"Host": host}, "/healthz", "GET")
         assert (response.status, response.headers["Strict-Transport-Security"]) == (200, None)
+
+
+# --- keep-alive
+
+
+def test_an_idle_connection_is_kept_for_as_long_as_was_said(directory: Path) -> None:
+    with running(directory, FLEET, [ONLY.id], gateway_keepalive_seconds=2) as gateway:
+        connection = gateway.connection()
+        for pause in (0.0, 1.0):
+            time.sleep(pause)
+            connection.request("GET", "/healthz")
+            assert connection.getresponse().read()
+        begin = time.monotonic()
+        assert connection.sock.recv(1) == b""
+        assert 1.5 < time.monotonic() - begin < 10
