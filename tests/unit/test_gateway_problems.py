@@ -275,3 +275,24 @@ def test_a_proxy_that_cannot_be_trusted_is_a_problem(network: str, said: str) ->
     [problem] = gateway.gateway_proxy_problems(["10.0.0.5", network])
     assert problem.startswith("gateway_trusted_proxies: ")
     assert said in problem
+
+
+def test_origins_are_what_browsers_send() -> None:
+    right = [
+        "https://chat.example.com",
+        "http://localhost:3000",
+        "https://[2001:db8::1]:8443",
+        "tauri://localhost",
+        "http://a.test:443",
+    ]
+    assert gateway.gateway_origin_problems(right) == []
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["*", "null", "chat.example.com", "https://chat.example.com/", "https://Chat.example.com", "https://*.example.com", "https://a.test:443",
+     "http://a.test:80", "https://a.test/page", "https://a.test, https://b.test", ""],
+)  # fmt: skip
+def test_what_is_no_origin_is_a_problem(origin: str) -> None:
+    [problem] = gateway.gateway_origin_problems(["https://chat.example.com", origin])
+    assert problem.startswith(f"gateway_cors_origins: {origin} is no exact origin; write ")

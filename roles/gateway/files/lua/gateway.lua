@@ -5,6 +5,7 @@ local balance = require "balance"
 local balancer = require "ngx.balancer"
 local budgets = require "budgets"
 local cjson = require "cjson.safe"
+local cors = require "cors"
 local fleet = require "fleet"
 local limit = require "limit"
 local question = require "question"
@@ -35,6 +36,7 @@ end
 function gateway.load(told)
     settings = told
     fleet.load(told.fleet, told.internal_key)
+    cors.load(fleet.settings.cors_origins)
     state.load(told.state)
     budgets.load(told.budgets)
 end
@@ -91,11 +93,16 @@ function gateway.admit()
     if not methods then
         return answer.refuse(request, 404)
     end
+    local method = ngx.req.get_method()
+    if cors.asks_beforehand(method, variables) then
+        request.asked_beforehand = methods
+        return ngx.exit(204)
+    end
     local key = key_of(variables)
     request.client = key and fleet.client_of(key, ngx.time())
     if not request.client then
         return answer.refuse(request, 401)
-    elseif not takes(methods, ngx.req.get_method()) then
+    elseif not takes(methods, method) then
         return answer.refuse(request, 405, { allow = methods })
     end
 end
@@ -296,6 +303,7 @@ end
 -- header_filter_by_lua: what is left to the client, and errors of vLLM that are put into shape by what follows.
 function gateway.headers()
     local request = current()
+    cors.tell(ngx.header, ngx.var, request and request.asked_beforehand)
     if request then
         tell_left("requests", request.rate)
         tell_left("tokens", request.tokens)
