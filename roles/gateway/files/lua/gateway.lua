@@ -97,6 +97,8 @@ function gateway.admit()
     if cors.asks_beforehand(method, variables) then
         request.asked_beforehand = methods
         return ngx.exit(204)
+    elseif settings.client_certificates and variables.ssl_client_verify ~= "SUCCESS" then
+        return answer.refuse(request, 400, { reason = 496 })
     end
     local key = key_of(variables)
     request.client = key and fleet.client_of(key, ngx.time())
@@ -271,8 +273,8 @@ function gateway.again()
     request.again = true
 end
 
--- Content of errors that Nginx or the program made. Of a request that could not be read, nginx.conf knows the status.
-function gateway.error(known_status)
+-- Content of errors that Nginx or the program made. Of a request that could not be read, nginx.conf knows the status, and Nginx's own number for why.
+function gateway.error(known_status, reason)
     local request = current()
     local status = known_status or ngx.status
     ngx.status = status
@@ -288,7 +290,7 @@ function gateway.error(known_status)
     elseif status == 503 then
         retry_after = RETRY_AFTER
     end
-    return answer.error(request, retry_after)
+    return answer.error(request, retry_after, reason)
 end
 
 -- As OpenAI says it.
