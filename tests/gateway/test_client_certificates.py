@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import Endpoint
 
 from tests.certificates import Authority
 from tests.gateway.backends import Backend
@@ -79,6 +80,14 @@ def test_a_certificate_that_is_not_valid_is_refused_everywhere(gateway: Gateway,
     answer = ask(gateway, shown, path)
     assert (answer.status, answer.error["code"]) == (400, "invalid_client_certificate")
     assert ONLY.asked == []
+
+
+@pytest.mark.parametrize(("shown", "status"), [(None, 400), ("right", 200)])
+def test_the_playbooks_can_show_one(gateway: Gateway, shown: str | None, status: int) -> None:
+    file = str(gateway.directory / f"{shown}.pem") if shown else None
+    url = f"https://{NAME}:{gateway.port}"
+    endpoint = Endpoint(url, KEY, "127.0.0.1", str(gateway.ca_file), certificate_file=file)
+    assert endpoint.ask("GET", "/v1/models", key=KEY).status == status
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/health"])

@@ -46,7 +46,8 @@ function answer.say(text)
     ngx.print(text)
 end
 
--- Ends the request with an error. `more` may have code, message, param, headers and a number of Nginx's own that says more than the status (reason); Nginx comes back for the text by answer.error.
+-- Ends the request with an error. `more` may have code, message, param, headers, and as `reason` a number of ERRORS that says more than the status.
+-- Nginx comes back for the text by answer.error.
 function answer.refuse(request, status, more)
     request.refusal = more or {}
     request.refusal.status = status
