@@ -1,4 +1,4 @@
-"""Which backends a gateway uses: the decisions. tests/unit/test_gateway_checks_program.py has the program that carries them out."""
+"""Which backends a gateway uses: the decisions. tests/gateway/test_checks_program.py has the program that carries them out."""
 
 from __future__ import annotations
 
