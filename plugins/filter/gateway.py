@@ -37,6 +37,16 @@ def gateway_client_problems(
     return problems.client_problems(clients, internal_key, time.time()) + problems.access_problems(routes, clients)
 
 
+def gateway_proxy_problems(networks: Sequence[str]) -> list[str]:
+    """Proxies that cannot be trusted, or are none."""
+    return problems.proxy_problems(networks)
+
+
+def gateway_origin_problems(origins: Sequence[str]) -> list[str]:
+    """What no browser would send as the origin of a page."""
+    return problems.origin_problems(origins)
+
+
 def gateway_route_problems(
     hostvars: fleet.HostVars,
     routes: Sequence[Mapping[str, Any]],
@@ -142,6 +152,8 @@ class FilterModule:
                 gateway_fleet,
                 gateway_fleet_with_backends,
                 gateway_client_problems,
+                gateway_origin_problems,
+                gateway_proxy_problems,
                 gateway_route_problems,
                 gateway_path_problems,
                 gateway_warnings,

@@ -69,6 +69,7 @@ class Endpoint:
         ca_file: str | None = None,
         ca_pem: str | None = None,
         timeout: float = 120,
+        certificate_file: str | None = None,
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme != "https" or not parts.hostname or parts.path not in ("", "/"):
@@ -78,6 +79,8 @@ class Endpoint:
         self.address = address
         self.timeout = timeout
         self.context = ssl.create_default_context(cafile=ca_file, cadata=ca_pem)
+        if certificate_file:
+            self.context.load_cert_chain(certificate_file)
 
     def open(self) -> Connection:
         """A connection, not yet made."""

@@ -1,12 +1,13 @@
 # Copyright: the vLLM Fleet authors
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with the routes and the clients that an inventory gives a gateway, in sentences: which variable, what is wrong, what is right.
+"""What is wrong with the routes, the clients and the surroundings of a gateway, in sentences: which variable, what is wrong, what is right.
 
 No sentence has a key.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ KEY_LEAST = 16
 CLIENT_KEY = re.compile(rf"[\x21-\x7e]{{{KEY_LEAST},}}")
 HASH = re.compile(r"[0-9a-fA-F]{64}")
 HEADER = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
+# As browsers write it: the port of the scheme itself is left out.
+ORIGIN = re.compile(
+    r"(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[1-9][0-9]{0,4})?"
+)
 MAKE_A_KEY = "`openssl rand -hex 32` makes one"
 LIMITS = {
     "requests_per_minute": 1, "concurrent_requests": 1, "burst": 0, "tokens_per_minute": 1, "tokens_per_day": 1, "tokens_per_month": 1,
@@ -291,6 +296,38 @@ def entry_problems(where: str, entry: Entry) -> list[str]:
                 "or a time such as 2027-01-31T12:00:00Z"
             )
     return problems
+
+
+def proxy_problems(networks: Sequence[str]) -> list[str]:
+    """What is no network, and networks that would let anybody say who the client is."""
+    problems = []
+    for text in networks:
+        try:
+            network = ipaddress.ip_network(text, strict=False)
+        except ValueError:
+            problems.append(
+                f"gateway_trusted_proxies: {text} is neither an address nor a network; write it as 10.0.0.5, 10.0.8.0/24 or fd00:8::/64"
+            )
+            continue
+        if network.prefixlen == 0:
+            problems.append(
+                f"gateway_trusted_proxies: {text} is everybody, so every client could choose its address; name the addresses of the balancers"
+            )
+        elif ipaddress.ip_interface(text).ip != network.network_address:
+            problems.append(
+                f"gateway_trusted_proxies: {text} is an address within a network; write {text.partition('/')[0]} for the one or {network} for the other"
+            )
+    return problems
+
+
+def origin_problems(origins: Sequence[str]) -> list[str]:
+    """What no browser would send as the origin of a page."""
+    return [
+        f"gateway_cors_origins: {origin} is no exact origin; write scheme, name and port if it is another than the scheme's own, in small letters "
+        "and without a / at the end, for example https://chat.example.com or http://localhost:3000"
+        for origin in origins
+        if not ORIGIN.fullmatch(origin)
+    ]
 
 
 def warnings(routes: Sequence[Entry], clients: Sequence[Entry], there: Fleet, now: float) -> list[str]:

@@ -27,6 +27,9 @@ options:
   ca_pem:
     description: The certificate authorities to trust, in PEM form.
     type: str
+  certificate_file:
+    description: File with a certificate of a client and its key, both PEM, for a gateway that asks for one.
+    type: path
   keys:
     description: The keys.
     type: list
@@ -98,6 +101,7 @@ ARGUMENTS: dict[str, Any] = {
     "connect_address": {"type": "str"},
     "ca_file": {"type": "path"},
     "ca_pem": {"type": "str"},
+    "certificate_file": {"type": "path"},
     "keys": {"type": "list", "elements": "dict", "required": True, "no_log": False, "options": KEY},
     "timeout": {"type": "int", "default": 30},
 }
@@ -113,7 +117,13 @@ def main() -> None:
         module.exit_json(changed=False, skipped=True, rows=[], verified=False)
     try:
         endpoint = Endpoint(
-            given["url"], "", given["connect_address"], given["ca_file"], given["ca_pem"], given["timeout"]
+            given["url"],
+            "",
+            given["connect_address"],
+            given["ca_file"],
+            given["ca_pem"],
+            given["timeout"],
+            given["certificate_file"],
         )
     except (ValueError, OSError) as error:
         module.fail_json(msg=str(error))

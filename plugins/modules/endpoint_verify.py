@@ -33,6 +33,9 @@ options:
   ca_pem:
     description: The certificate authorities to trust, in PEM form.
     type: str
+  certificate_file:
+    description: File with a certificate of a client and its key, both PEM, for a gateway that asks for one.
+    type: path
   api_key:
     description: The key of a client.
     type: str
@@ -127,6 +130,7 @@ ARGUMENTS: dict[str, Any] = {
     "connect_address": {"type": "str"},
     "ca_file": {"type": "path"},
     "ca_pem": {"type": "str"},
+    "certificate_file": {"type": "path"},
     "api_key": {"type": "str", "required": True, "no_log": True},
     "routes": {"type": "list", "elements": "dict", "required": True, "options": ROUTE},
     "forbidden_paths": {"type": "list", "elements": "str", "default": ["/metrics", "/invocations"]},
@@ -156,6 +160,7 @@ def main() -> None:
             given["ca_file"],
             given["ca_pem"],
             given["timeout"],
+            given["certificate_file"],
         )
     except (ValueError, OSError) as error:
         module.fail_json(msg=str(error))

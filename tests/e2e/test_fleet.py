@@ -301,7 +301,7 @@ def test_from_outside_two_ports_of_the_gateway_are_open_and_nothing_else(fleet: 
     assert {pair: found["open"] for pair, found in seen.items()} == {
         (stranger, GATEWAY): [80, 443],
         (stranger, WORKERS[0]): [],
-        (GATEWAY, WORKERS[0]): [8000, 8001],
+        (GATEWAY, WORKERS[0]): [8000, 8001, 9440],
         (WORKERS[0], WORKERS[1]): [],
     }
     # dropped, not refused: nobody learns what is there

@@ -214,6 +214,27 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         model(revision="main"),
         "revision is `main`; it takes the 40 hexadecimal digits of a commit",
     ),
+    "a PROXY protocol that nobody is believed in": (
+        {"gateway_proxy_protocol": True},
+        "gateway_proxy_protocol is true and gateway_trusted_proxies is empty",
+    ),
+    "plain HTTP for nobody": (
+        {"gateway_plain_http": True},
+        "gateway_plain_http is true and gateway_trusted_proxies is empty",
+    ),
+    "everybody as a trusted proxy": (
+        {"gateway_trusted_proxies": ["0.0.0.0/0"]},
+        "gateway_trusted_proxies: 0.0.0.0/0 is everybody",
+    ),
+    "every origin": ({"gateway_cors_origins": ["*"]}, "gateway_cors_origins: * is no exact origin"),
+    "certificates of clients without TLS": (
+        {"gateway_client_ca_file": "/etc/ca.pem", "gateway_plain_http": True, "gateway_trusted_proxies": ["10.0.0.5"]},
+        "without TLS no client can show a certificate",
+    ),
+    "idle connections that close at once": (
+        {"gateway_keepalive_seconds": 0},
+        "gateway_keepalive_seconds is 0; it must be at least 1",
+    ),
     "certificate without a key": (
         files(GOOD[0], ""),
         "a certificate and its key, PEM and not encrypted, must be given: by tls_certificate_certificate_file and tls_certificate_key_file",

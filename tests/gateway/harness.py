@@ -140,6 +140,7 @@ class Gateway:
 
     directory: Path
     port: int
+    http_port: int
     process: subprocess.Popen[bytes]
     tls: ssl.SSLContext = field(repr=False)
     serial: int = 0
@@ -341,7 +342,7 @@ def running(
     conf.write_text(configuration(directory, {**NUMBERS, **ports, **variables}))
     process = nginx(directory)
     tls = ssl.create_default_context(cadata=certificate)
-    gateway = Gateway(directory, ports["gateway_https_port"], process, tls)
+    gateway = Gateway(directory, ports["gateway_https_port"], ports["gateway_http_port"], process, tls)
     try:
         gateway.until(lambda: process.poll() is not None or answers(gateway))
         assert process.poll() is None, gateway.errors()

@@ -29,6 +29,7 @@ HEADERS = {
     "content-type",
     "accept",
     "x-request-id",
+    "traceparent",
     "x-forwarded-for",
     "x-forwarded-proto",
 }

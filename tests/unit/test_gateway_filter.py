@@ -175,13 +175,22 @@ def test_nothing_of_routes_clients_and_keys_is_in_the_program() -> None:
         assert word not in text
 
 
-def test_gixy_finds_nothing(tmp_path: Path) -> None:
+BEHIND = {
+    "gateway_trusted_proxies": ["10.0.0.5", "fd00::/64"],
+    "gateway_proxy_protocol": True,
+    "gateway_plain_http": True,
+    "gateway_client_ca_file": "/etc/ssl/clients.pem",
+}
+
+
+@pytest.mark.parametrize("more", [{}, BEHIND], ids=["outermost", "behind"])
+def test_gixy_finds_nothing(tmp_path: Path, more: dict[str, Any]) -> None:
     """A judge of its own. try_files is skipped: its one name is never that of a file, it only delays the answer."""
     (tmp_path / "mime.types").write_text("types { text/html html; }\n")
     configuration = tmp_path / "nginx.conf"
     # gixy does not know the one and would take all that follows for its content
     text = (
-        render()
+        render(**more)
         .replace("exit_worker_by_lua_block", "init_worker_by_lua_block")
         .replace("/etc/nginx/mime.types", str(tmp_path / "mime.types"))
     )

@@ -251,3 +251,48 @@ def test_many_routes_and_clients_are_judged_in_no_time() -> None:
     assert len(gateway.gateway_fleet(hostvars, "gw1", asked)["keys"]) == 10000
     assert time.monotonic() - began < 20, "a few seconds"
     assert reads <= 4 * len(HOSTS) * len(fleet.OF_BACKENDS) + 2 * len(HOSTS)
+
+
+# --- what stands in front
+
+
+def test_proxies_are_addresses_and_networks() -> None:
+    assert gateway.gateway_proxy_problems(["10.0.0.5", "10.0.8.0/24", "fd00:8:0::/64", "fd00::1", "10.0.0.5/32"]) == []
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        ("balancer.test", "balancer.test is neither an address nor a network; write it as 10.0.0.5"),
+        ("10.0.0.0/33", "10.0.0.0/33 is neither an address nor a network"),
+        ("0.0.0.0/0", "0.0.0.0/0 is everybody, so every client could choose its address"),
+        ("::/0", "::/0 is everybody"),
+        ("10.0.8.1/24", "write 10.0.8.1 for the one or 10.0.8.0/24 for the other"),
+        ("unix:", "unix: is neither an address nor a network"),
+    ],
+)
+def test_a_proxy_that_cannot_be_trusted_is_a_problem(network: str, said: str) -> None:
+    [problem] = gateway.gateway_proxy_problems(["10.0.0.5", network])
+    assert problem.startswith("gateway_trusted_proxies: ")
+    assert said in problem
+
+
+def test_origins_are_what_browsers_send() -> None:
+    right = [
+        "https://chat.example.com",
+        "http://localhost:3000",
+        "https://[2001:db8::1]:8443",
+        "tauri://localhost",
+        "http://a.test:443",
+    ]
+    assert gateway.gateway_origin_problems(right) == []
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["*", "null", "chat.example.com", "https://chat.example.com/", "https://Chat.example.com", "https://*.example.com", "https://a.test:443",
+     "http://a.test:80", "https://a.test/page", "https://a.test, https://b.test", ""],
+)  # fmt: skip
+def test_what_is_no_origin_is_a_problem(origin: str) -> None:
+    [problem] = gateway.gateway_origin_problems(["https://chat.example.com", origin])
+    assert problem.startswith(f"gateway_cors_origins: {origin} is no exact origin; write ")

@@ -16,6 +16,9 @@ local ERRORS = {
     [414] = { "invalid_request_error", "uri_too_long", "The address of the request is too long." },
     [415] = { "invalid_request_error", "unsupported_media_type", "This path does not take this kind of body." },
     [429] = { "rate_limit_error", "rate_limit_exceeded", "Too many requests. Wait and try again." },
+    [495] = { "authentication_error", "invalid_client_certificate",
+        "The certificate of the client is not valid, or not of the authority that is asked for." },
+    [496] = { "authentication_error", "client_certificate_required", "The client has to show a certificate in the TLS handshake." },
     [500] = { "server_error", "internal_error", "The model server failed." },
     [502] = { "server_error", "bad_gateway", "The model server broke off. Try again." },
     [503] = { "server_error", "unavailable", "No model server is available. Try again later." },
@@ -43,7 +46,8 @@ function answer.say(text)
     ngx.print(text)
 end
 
--- Ends the request with an error. `more` may have code, message, param and headers; Nginx comes back for the text by answer.error.
+-- Ends the request with an error. `more` may have code, message, param, headers, and as `reason` a number of ERRORS that says more than the status.
+-- Nginx comes back for the text by answer.error.
 function answer.refuse(request, status, more)
     request.refusal = more or {}
     request.refusal.status = status
@@ -51,7 +55,7 @@ function answer.refuse(request, status, more)
 end
 
 -- The content of every error that no backend wrote.
-function answer.error(request, retry_after)
+function answer.error(request, retry_after, reason)
     local status = ngx.status
     local refusal = request and request.refusal
     if not refusal or refusal.status ~= status then
@@ -60,7 +64,7 @@ function answer.error(request, retry_after)
     ngx.header["Retry-After"] = refusal.retry_after or retry_after
     ngx.header["Allow"] = refusal.allow
     ngx.header["WWW-Authenticate"] = status == 401 and "Bearer" or nil
-    answer.say(answer.text(status, refusal.code, refusal.message, refusal.param))
+    answer.say(answer.text(reason or refusal.reason or status, refusal.code, refusal.message, refusal.param))
 end
 
 -- vLLM answers in two shapes: OpenAI's, which is passed on, and that of its framework, {"detail": ...}.

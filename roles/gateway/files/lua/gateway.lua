@@ -5,6 +5,7 @@ local balance = require "balance"
 local balancer = require "ngx.balancer"
 local budgets = require "budgets"
 local cjson = require "cjson.safe"
+local cors = require "cors"
 local fleet = require "fleet"
 local limit = require "limit"
 local question = require "question"
@@ -35,6 +36,7 @@ end
 function gateway.load(told)
     settings = told
     fleet.load(told.fleet, told.internal_key)
+    cors.load(fleet.settings.cors_origins)
     state.load(told.state)
     budgets.load(told.budgets)
     require("status").load(told.page, told.program)
@@ -92,11 +94,18 @@ function gateway.admit()
     if not methods then
         return answer.refuse(request, 404)
     end
+    local method = ngx.req.get_method()
+    if cors.asks_beforehand(method, variables) then
+        request.asked_beforehand = methods
+        return ngx.exit(204)
+    elseif settings.client_certificates and variables.ssl_client_verify ~= "SUCCESS" then
+        return answer.refuse(request, 400, { reason = 496 })
+    end
     local key = key_of(variables)
     request.client = key and fleet.client_of(key, ngx.time())
     if not request.client then
         return answer.refuse(request, 401)
-    elseif not takes(methods, ngx.req.get_method()) then
+    elseif not takes(methods, method) then
         return answer.refuse(request, 405, { allow = methods })
     end
 end
@@ -265,8 +274,8 @@ function gateway.again()
     request.again = true
 end
 
--- Content of errors that Nginx or the program made. Of a request that could not be read, nginx.conf knows the status.
-function gateway.error(known_status)
+-- Content of errors that Nginx or the program made. Of a request that could not be read, nginx.conf knows the status, and Nginx's own number for why.
+function gateway.error(known_status, reason)
     local request = current()
     local status = known_status or ngx.status
     ngx.status = status
@@ -282,7 +291,7 @@ function gateway.error(known_status)
     elseif status == 503 then
         retry_after = RETRY_AFTER
     end
-    return answer.error(request, retry_after)
+    return answer.error(request, retry_after, reason)
 end
 
 -- As OpenAI says it.
@@ -297,6 +306,7 @@ end
 -- header_filter_by_lua: what is left to the client, and errors of vLLM that are put into shape by what follows.
 function gateway.headers()
     local request = current()
+    cors.tell(ngx.header, ngx.var, request and request.asked_beforehand)
     if request then
         tell_left("requests", request.rate)
         tell_left("tokens", request.tokens)
