@@ -7,6 +7,8 @@ import contextlib
 import http.client
 import importlib
 import json
+import os
+import runpy
 import socket
 import ssl
 import sys
@@ -328,6 +330,38 @@ def test_a_gateway_asks_again_and_again_in_one_connection(running: Running) -> N
             heard = running.files.heard()["gw-1"]
             assert time.monotonic() - heard.pop("time") < 2
             assert heard == {"out": ["chat"], "kept": {}, "in_flight": {"chat": 3}, "told": told}
+
+
+def test_a_file_that_the_agent_cannot_read_is_told(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(_instance: str) -> dict[str, Any]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(running.files, "leaving", unreadable)
+    with running.runs({"chat": 1}):
+        connection = running.connection()
+        connection.request("POST", "/state", json.dumps({"gateway": "gw-1"}))
+        answer = connection.getresponse()
+        assert (answer.status, b"Permission denied" in answer.read()) == (500, True)
+
+
+def test_the_agent_sees_who_leaves_whatever_the_umask_of_the_unit(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running.files, "LEAVING", running.directory / "run" / "leaving")
+    monkeypatch.setattr(sys, "argv", ["leave", "chat"])
+    monkeypatch.setenv("MAINPID", str(os.getpid()))
+    with listening(Engine) as engine:
+        known = {"instances": {"chat": {"address": "127.0.0.1", "port": int(engine.url.rpartition(":")[2])}}}
+        monkeypatch.setattr(
+            running.files, "configuration", lambda: {**known, "leave": {"seconds": 5, "kept_seconds": 1}}
+        )
+        before = os.umask(0o077)
+        try:
+            runpy.run_path(str(PROGRAMS / "leave"))["main"]()
+        finally:
+            os.umask(before)
+    said = running.files.LEAVING / "chat"
+    assert [path.stat().st_mode & 0o777 for path in (said, said.parent, said.parent.parent)] == [0o644, 0o755, 0o755]
 
 
 @pytest.mark.parametrize(

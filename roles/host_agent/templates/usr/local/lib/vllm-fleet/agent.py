@@ -35,7 +35,8 @@ METRICS_SECONDS = 4.0
 UNITS_SECONDS = 1.0
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 REASONS = {200: "OK", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
-           413: "Content Too Large", 431: "Request Header Fields Too Large", 501: "Not Implemented", 502: "Bad Gateway"}  # fmt: skip
+           413: "Content Too Large", 431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
+           502: "Bad Gateway"}  # fmt: skip
 
 log = logging.getLogger("vllm-fleet-agent")
 
@@ -146,7 +147,10 @@ class Agent:
         """The type and the text of an answer."""
         host_agent.check_allowed(asked, peer, self.gateways, self.monitoring)
         if asked.path == "/state":
-            return "application/json", json.dumps(await self.state(body, peer))
+            try:
+                return "application/json", json.dumps(await self.state(body, peer))
+            except OSError as error:
+                raise RefusedError(500, f"a file of the agent cannot be used: {error}") from None
         if asked.path == "/metrics":
             return TEXT, host_agent.merged(await self.all_metrics())
         name = asked.path.removeprefix("/metrics/")
@@ -277,9 +281,15 @@ class Listener:
             if transport:
                 transport.close()
                 # a peer that does not take the end of the connection has a moment, and no more
-                loop.call_later(HANDSHAKE_SECONDS, transport.abort)
+                loop.call_later(HANDSHAKE_SECONDS, cut, transport)
             else:
                 connection.close()
+
+
+def cut(transport: asyncio.Transport) -> None:
+    """End a connection, if it has not ended yet: of one that has, Python 3.11 cannot tell."""
+    with contextlib.suppress(AttributeError):
+        transport.abort()
 
 
 def listen(address: str, port: int) -> socket.socket:
