@@ -348,7 +348,9 @@ def test_every_route_of_vllm_is_open_or_not_there(fleet: Fleet) -> None:
             body = bodies.get(path, {}) if method == "POST" else None
             for key in (fleet.key, None):
                 got = fleet.ask(method, probed, key=key, body=body).status
-                if path not in {p for _, p in OPEN}:
+                if path == "/health":
+                    expected = 200  # the gateway's own
+                elif path not in {p for _, p in OPEN}:
                     expected = 404
                 elif key is None:
                     expected = 401
@@ -366,7 +368,8 @@ def test_every_route_of_vllm_is_open_or_not_there(fleet: Fleet) -> None:
     for worker in WORKERS:
         lines = "\n".join(fleet.journal(worker)[lengths[worker] :])
         reached |= set(re.findall(r'"([A-Z]+) (\S+) HTTP/1\.1" \d+', lines))
-    assert reached == OPEN - {("GET", MODELS)}
+    # the health checks of the gateway ask for the metrics of who does not answer
+    assert reached - {("GET", "/metrics")} == OPEN - {("GET", MODELS)}
 
 
 @pytest.mark.parametrize(
