@@ -9,10 +9,20 @@ import json
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
+
+# What a module takes to know which endpoint it asks, and how; `timeout` is its own.
+ARGUMENTS: dict[str, Any] = {
+    "url": {"type": "str", "required": True},
+    "connect_address": {"type": "str"},
+    "ca_file": {"type": "path"},
+    "ca_pem": {"type": "str"},
+    "certificate_file": {"type": "path"},
+}
+RULES: dict[str, Any] = {"mutually_exclusive": [("ca_file", "ca_pem")]}
 
 
 class CheckError(Exception):
@@ -81,6 +91,19 @@ class Endpoint:
         self.context = ssl.create_default_context(cafile=ca_file, cadata=ca_pem)
         if certificate_file:
             self.context.load_cert_chain(certificate_file)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], key: str) -> Endpoint:
+        """From the parameters of a module. Raises ValueError and OSError."""
+        return cls(
+            given["url"],
+            key,
+            given["connect_address"],
+            given["ca_file"],
+            given["ca_pem"],
+            given["timeout"],
+            given["certificate_file"],
+        )
 
     def open(self) -> Connection:
         """A connection, not yet made."""

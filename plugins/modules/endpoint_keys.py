@@ -88,7 +88,8 @@ import os
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import Endpoint
+from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import ARGUMENTS as ENDPOINT
+from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import RULES, Endpoint
 from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint_keys import Shown, check_keys
 
 KEY: dict[str, Any] = {
@@ -97,15 +98,10 @@ KEY: dict[str, Any] = {
     "accepted": {"type": "bool", "default": True},
 }
 ARGUMENTS: dict[str, Any] = {
-    "url": {"type": "str", "required": True},
-    "connect_address": {"type": "str"},
-    "ca_file": {"type": "path"},
-    "ca_pem": {"type": "str"},
-    "certificate_file": {"type": "path"},
+    **ENDPOINT,
     "keys": {"type": "list", "elements": "dict", "required": True, "no_log": False, "options": KEY},
     "timeout": {"type": "int", "default": 30},
 }
-RULES: dict[str, Any] = {"mutually_exclusive": [("ca_file", "ca_pem")]}
 
 
 def main() -> None:
@@ -116,15 +112,7 @@ def main() -> None:
     if module.check_mode:
         module.exit_json(changed=False, skipped=True, rows=[], verified=False)
     try:
-        endpoint = Endpoint(
-            given["url"],
-            "",
-            given["connect_address"],
-            given["ca_file"],
-            given["ca_pem"],
-            given["timeout"],
-            given["certificate_file"],
-        )
+        endpoint = Endpoint.of(given, "")
     except (ValueError, OSError) as error:
         module.fail_json(msg=str(error))
     rows = check_keys(endpoint, [Shown.of(entry) for entry in given["keys"]])

@@ -117,7 +117,8 @@ import os
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import Endpoint
+from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import ARGUMENTS as ENDPOINT
+from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import RULES, Endpoint
 from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint_checks import Route, verify
 
 ROUTE: dict[str, Any] = {
@@ -126,19 +127,13 @@ ROUTE: dict[str, Any] = {
     "paths": {"type": "list", "elements": "str"},
 }
 ARGUMENTS: dict[str, Any] = {
-    "url": {"type": "str", "required": True},
-    "connect_address": {"type": "str"},
-    "ca_file": {"type": "path"},
-    "ca_pem": {"type": "str"},
-    "certificate_file": {"type": "path"},
+    **ENDPOINT,
     "api_key": {"type": "str", "required": True, "no_log": True},
     "routes": {"type": "list", "elements": "dict", "required": True, "options": ROUTE},
     "forbidden_paths": {"type": "list", "elements": "str", "default": ["/metrics", "/invocations"]},
     "minimum_days": {"type": "int", "default": 7},
     "timeout": {"type": "int", "default": 120},
 }
-
-RULES: dict[str, Any] = {"mutually_exclusive": [("ca_file", "ca_pem")]}
 
 
 def main() -> None:
@@ -153,15 +148,7 @@ def main() -> None:
     if module.check_mode:
         module.exit_json(changed=False, skipped=True, rows=[], failures=[], verified=False)
     try:
-        endpoint = Endpoint(
-            given["url"],
-            given["api_key"],
-            given["connect_address"],
-            given["ca_file"],
-            given["ca_pem"],
-            given["timeout"],
-            given["certificate_file"],
-        )
+        endpoint = Endpoint.of(given, given["api_key"])
     except (ValueError, OSError) as error:
         module.fail_json(msg=str(error))
     routes = [Route.of(entry) for entry in given["routes"]]
