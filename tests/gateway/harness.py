@@ -83,7 +83,7 @@ def document(
     """A fleet.json. `keys` are keys by their text, with what it is to say of each."""
     return {
         "version": 1, "internal_key_sha256": sha256(INTERNAL), "gateway": "gw-1",
-        "settings": {"max_body_bytes": 20 << 20, "read_timeout": 3, "cors_origins": []},
+        "settings": {"cors_origins": []},
         "backends": {backend.id: backend.described() for backend in backends}, "routes": list(routes),
         "clients": {name: {**CLIENT, **client} for name, client in (clients or {"team-a": {}}).items()},
         "keys": {sha256(key): {"expires": None, **entry} for key, entry in (keys or {KEY: {"client": "team-a"}}).items()},

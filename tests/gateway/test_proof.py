@@ -65,7 +65,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, d
     hostvars = {"gpu1": {"vllm_instances": instances, "fleet_address": "10.0.0.1"}}
     asked = {
         "routes": ROUTES, "clients": CLIENTS, "paths": model_kinds.open_paths(), "internal_key": INTERNAL, "hosts": HOSTS,
-        "gateways": GATEWAYS, "settings": {"max_body_bytes": 20 << 20, "read_timeout": 3, "cors_origins": []},
+        "gateways": GATEWAYS, "settings": {"cors_origins": []},
     }  # fmt: skip
     data = filters.gateway_fleet(hostvars, "gw1", asked)
     for backend in data["backends"].values():

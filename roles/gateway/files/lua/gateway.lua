@@ -271,7 +271,6 @@ function gateway.again()
         return answer.refuse(request, status, { retry_after = status == 503 and RETRY_AFTER or nil })
     end
     account.went_again(former)
-    request.again = true
 end
 
 -- Content of errors that Nginx or the program made. Of a request that could not be read, nginx.conf knows the status, and Nginx's own number for why.
