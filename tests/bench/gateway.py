@@ -34,6 +34,7 @@ from typing import Any
 
 from tests.certificates import make_pair
 from tests.gateway import harness
+from tests.ports import free_port
 
 HERE = Path(__file__).parent / "gateways"
 UV = Path(sys.executable).with_name("uv")
@@ -249,7 +250,7 @@ class Running:
         certificate, key = make_pair(name=harness.NAME)
         (directory / "fullchain.pem").write_text(certificate)
         (directory / "privkey.pem").write_text(key)
-        self.ports = {"FIRST": harness.free_port(), "SECOND": harness.free_port()}
+        self.ports = {"FIRST": free_port(), "SECOND": free_port()}
         conf = written(directory, "upstream.conf", **self.ports)
         stack.enter_context(process(*nginx(conf, directory)))
 
@@ -264,7 +265,7 @@ class Running:
         return Way(name, port, tls, lambda: children(started.pid))
 
     def plain(self) -> Way:
-        port = harness.free_port()
+        port = free_port()
         return self.run(
             "plain", port, nginx(written(self.directory, "plain.conf", PORT=port, **self.ports), self.directory)
         )
@@ -278,14 +279,14 @@ class Running:
         return Way("fleet", gateway.port, pids=lambda: children(gateway.process.pid))
 
     def envoy(self) -> Way:
-        port = harness.free_port()
+        port = free_port()
         conf = written(self.directory, "envoy.yaml.in", PORT=port, **self.ports)
         return self.run(
             "envoy", port, (f"{ENVIRONMENT}/bin/envoy", "-c", conf, "--concurrency", str(os.cpu_count()), "-l", "error")
         )
 
     def vllm_router(self) -> Way:
-        port = harness.free_port()
+        port = free_port()
         urls = [f"http://127.0.0.1:{one}" for one in self.ports.values()]
         command: tuple[str, ...] = (
             f"{ENVIRONMENT}/bin/vllm-router",
@@ -300,7 +301,7 @@ class Running:
             "--api-key",
             KEY,
             "--prometheus-port",
-            str(harness.free_port()),
+            str(free_port()),
             "--log-level",
             "error",
             "--worker-urls",
@@ -309,7 +310,7 @@ class Running:
         return self.run("vllm-router", port, command, tls=False)
 
     def litellm(self) -> Way:
-        port = harness.free_port()
+        port = free_port()
         conf = written(self.directory, "litellm.yaml.in", **self.ports)
         command: tuple[str, ...] = (
             f"{ENVIRONMENT}/bin/litellm",

@@ -131,6 +131,18 @@ def failing(status: int) -> Answer:
     )
 
 
+def breaking(handler: Handler, _asked: Asked) -> None:
+    """Streams three tokens and breaks the connection."""
+
+    def parts() -> Iterator[bytes]:
+        yield from list(tokens(3))[:3]
+        time.sleep(0.1)
+        handler.reset()
+        raise OSError
+
+    handler.stream(parts())
+
+
 def held(seconds: float) -> Answer:
     """Answers late."""
 

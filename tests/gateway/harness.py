@@ -19,9 +19,10 @@ import re
 import signal
 import socket
 import ssl
+import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from ansible.template import Templar, trust_as_template
 
 from tests.certificates import make_pair
 from tests.gateway.backends import INTERNAL, Backend
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLE = ROOT / "roles" / "gateway"
@@ -88,12 +90,6 @@ def document(
         "clients": {name: {**CLIENT, **client} for name, client in (clients or {"team-a": {}}).items()},
         "keys": {sha256(key): {"expires": None, **entry} for key, entry in (keys or {KEY: {"client": "team-a"}}).items()},
     }  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def release() -> dict[str, str]:
@@ -199,6 +195,19 @@ class Gateway:
         )
         connection.close()
         return answer
+
+    def median_seconds(self, questions: Iterable[tuple[bytes | str, str]]) -> float:
+        """Of chats with these bodies and keys, one after the other over one connection, each of which is answered."""
+        connection, seconds = self.connection(), []
+        for body, key in questions:
+            begun = time.monotonic()
+            connection.request("POST", CHAT, body, {"Authorization": f"Bearer {key}"})
+            response = connection.getresponse()
+            response.read()
+            assert response.status == 200
+            seconds.append(time.monotonic() - begun)
+        connection.close()
+        return statistics.median(seconds)
 
     def admin(self, path: str) -> Any:
         """What the socket for this host says, in JSON."""

@@ -12,7 +12,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.gateway.backends import Asked, Backend, Handler, failing, held, right, tokens
+from tests.gateway.backends import Asked, Backend, Handler, breaking, failing, held, right, tokens
 from tests.gateway.harness import KEY, Gateway
 from tests.gateway.stand_ins import FEW, served
 
@@ -175,15 +175,6 @@ def test_a_server_that_fails(gateway: Gateway) -> None:
     ODD.answer = failing(500)
     with pytest.raises(openai.InternalServerError):
         client(gateway).chat.completions.create(model="odd", messages=say("Hello"))
-
-    def breaking(handler: Handler, _asked: Asked) -> None:
-        def parts() -> Iterator[bytes]:
-            yield from list(tokens(3))[:3]
-            time.sleep(0.1)
-            handler.reset()
-            raise OSError
-
-        handler.stream(parts())
 
     ODD.answer = breaking
     seen = 0

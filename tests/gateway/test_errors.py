@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from tests.gateway.backends import Answer, Asked, Backend, Handler, failing, held, right, tokens
-from tests.gateway.harness import CHAT, KEY, Gateway, document, free_port, route, running
+from tests.gateway.harness import CHAT, KEY, Gateway, document, route, running
+from tests.ports import free_port
 
 FIRST, SECOND, ONLY, STUBBORN = (
     Backend("chat@gpu-1"),

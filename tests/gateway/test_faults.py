@@ -24,8 +24,9 @@ from typing import Any
 import pytest
 
 from tests.gateway.backends import Answer, Asked, Backend, Handler, failing, right, tokens
-from tests.gateway.harness import CHAT, KEY, Gateway, document, free_port, route, running
+from tests.gateway.harness import CHAT, KEY, Gateway, document, route, running
 from tests.gateway.streams import Stream, process, watch
+from tests.ports import free_port
 
 # Seconds after which the gateway gives a silent backend up, and a connection to it.
 SILENCE = 2

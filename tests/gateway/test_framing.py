@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.gateway.backends import Asked, Handler, tokens
+from tests.gateway.backends import breaking
 from tests.gateway.harness import CHAT, KEY, NAME, Gateway, document, route, running
 from tests.gateway.wire import BODY, REFUSALS, Http2, Witness, answers, judge_logs, request, send, staying
 
@@ -210,15 +209,6 @@ def test_many_requests_over_http_2(gateway: Gateway) -> None:
 
 def test_an_answer_that_breaks_off_over_http_2(gateway: Gateway) -> None:
     """Its stream is reset; an end as if that were all would be a lie."""
-
-    def breaking(handler: Handler, _asked: Asked) -> None:
-        def parts() -> Iterator[bytes]:
-            yield from list(tokens(3))[:3]
-            time.sleep(0.1)
-            handler.reset()
-            raise OSError
-
-        handler.stream(parts())
 
     client = Http2(gateway)
     BACKEND.answer = breaking

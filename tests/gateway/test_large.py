@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,16 +35,7 @@ def key_of(number: int) -> str:
 
 def seconds_of_requests(gateway: Gateway, models: Sequence[str], keys: Sequence[str]) -> float:
     """The median of requests for these models with these keys, one after the other."""
-    connection, seconds = gateway.connection(), []
-    for model, key in zip(models, keys, strict=True):
-        begun = time.monotonic()
-        connection.request("POST", CHAT, json.dumps({"model": model}), {"Authorization": f"Bearer {key}"})
-        response = connection.getresponse()
-        response.read()
-        assert response.status == 200
-        seconds.append(time.monotonic() - begun)
-    connection.close()
-    return statistics.median(seconds)
+    return gateway.median_seconds((json.dumps({"model": model}), key) for model, key in zip(models, keys, strict=True))
 
 
 def test_a_large_fleet(tmp_path: Path) -> None:

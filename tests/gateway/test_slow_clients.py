@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import socket
-import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -52,16 +51,7 @@ def fresh(gateway: Gateway) -> Iterator[None]:
 
 def usual_seconds(gateway: Gateway, requests: int = 100) -> float:
     """The median of an ordinary request."""
-    connection, seconds = gateway.connection(), []
-    for _ in range(requests):
-        begun = time.monotonic()
-        connection.request("POST", CHAT, BODY, {"Authorization": f"Bearer {KEY}"})
-        response = connection.getresponse()
-        response.read()
-        assert response.status == 200
-        seconds.append(time.monotonic() - begun)
-    connection.close()
-    return statistics.median(seconds)
+    return gateway.median_seconds([(BODY, KEY)] * requests)
 
 
 def memory(gateway: Gateway) -> int:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from tests.gateway.backends import INTERNAL, Backend, held
-from tests.gateway.harness import CHAT, KEY, Gateway, document, free_port, route, running, sha256
+from tests.gateway.harness import CHAT, KEY, Gateway, document, route, running, sha256
+from tests.ports import free_port
 
 DAY = 86400
 EVIL = "<script>alert(1)</script>\" onload='x' & </td>"

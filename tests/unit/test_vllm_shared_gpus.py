@@ -6,7 +6,6 @@ import http.server
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,8 @@ from typing import Any
 import pytest
 from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, vllm_shared_gpus
 from ansible_collections.gpufleet.llm.plugins.modules import vllm_generation
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "roles/vllm/files/gpu_turn.py"
@@ -47,13 +48,6 @@ def engine() -> Iterator[subprocess.Popen[bytes]]:
     yield process
     process.kill()
     process.wait()
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def generation(path: Path, port: int, gpus: list[int] | None = None) -> Path:
