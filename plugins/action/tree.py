@@ -18,7 +18,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.tree import NAME, REQ
 from ansible_collections.gpufleet.llm.plugins.module_utils.tree_seen import STATE_PATH, digest
 from ansible_collections.gpufleet.llm.plugins.plugin_utils.quick import QuickCalls
 
-IGNORED = ("*~", ".*.sw?", ".gitkeep")
+IGNORED = ("*~", ".*.sw?", ".gitkeep", "*.pyc")
 OWNED = {"owner": {"type": "str"}, "group": {"type": "str"}}
 FILE = {
     "path": {"type": "str", "required": True},

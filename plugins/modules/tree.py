@@ -40,8 +40,8 @@ options:
         files are mirrored.
       - A file whose name ends in C(.j2) is a template, with the defaults of M(ansible.builtin.template). Others are copied byte for byte.
       - Not put in place are files whose name begins with C(_), which are for C(include) and C(import), those that lie directly in
-        O(source), where they would go to C(/), templates that an entry of O(files) names, O(exclude), and what editors and git leave
-        (C(*~), C(.*.sw?), C(.gitkeep)).
+        O(source), where they would go to C(/), templates that an entry of O(files) names, O(exclude), and what editors, git and
+        Python leave (C(*~), C(.*.sw?), C(.gitkeep), C(*.pyc)).
       - Outside of a role it has to be stated, as an absolute directory or one beside the playbook.
     type: str
   files:

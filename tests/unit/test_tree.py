@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.gpufleet.llm.plugins.action.tree import mirrored
 from ansible_collections.gpufleet.llm.plugins.module_utils import tree_seen
 from ansible_collections.gpufleet.llm.plugins.module_utils.tree import Entry, TreeError, handlers, pack, unpack
 from ansible_collections.gpufleet.llm.plugins.module_utils.tree_host import Tree
@@ -891,6 +892,15 @@ def test_a_mirrored_file_under_a_condition_comes_and_goes(play: Play) -> None:
     assert play.files()["etc/maybe"] == b"there"
     play.run(maybe=False)
     assert "etc/maybe" not in play.files()
+
+
+def test_what_tools_leave_beside_a_role_is_not_mirrored(tmp_path: Path) -> None:
+    """Editors, git, and Python, which writes bytecode beside a program that a test or a check imports."""
+    left = ("app.py~", ".app.py.swp", ".gitkeep", "__pycache__/app.cpython-313.pyc", "app.pyc", "_part.j2")
+    for name in (*left, "app.py"):
+        (tmp_path / "opt" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "opt" / name).write_bytes(b"\xf3")
+    assert mirrored(tmp_path, (), set()) == {"/opt/app.py": tmp_path / "opt/app.py"}
 
 
 @pytest.mark.core
