@@ -172,6 +172,61 @@ def test_an_aborted_stream_is_estimated(gateway: Gateway) -> None:
     assert gateway.metrics()[f"vllm_gateway_estimated_total{{{LABELS}}}"] == 1
 
 
+def ends(gateway: Gateway) -> dict[str, int]:
+    """How requests ended at backends."""
+    name = "vllm_gateway_backend_requests_total"
+    return {
+        series.removeprefix(name): int(count) for series, count in gateway.metrics().items() if series.startswith(name)
+    }
+
+
+def test_how_requests_end_at_a_backend_is_counted(gateway: Gateway) -> None:
+    """For the comparison after a turn. Of streams also when they began; what a client did wrong is no fault of the backend's."""
+    gateway.ask(CHAT, {"model": "small", "user": "20/7/0", "stream": True})
+    gateway.ask(CHAT, {"model": "small", "user": "20/7/0"})
+    ONLY.answer = lambda handler, _asked: handler.reply(400, {"error": {"message": "no"}})
+    assert gateway.ask(CHAT, {"model": "small"}).status == 400
+    wanted = {f'{{backend="{ONLY.id}",outcome="ok"}}': 3}
+    gateway.until(lambda: ends(gateway) == wanted)
+    assert gateway.metrics()[f'vllm_gateway_backend_first_token_seconds_count{{backend="{ONLY.id}"}}'] == 1
+    for status in (500, 503):
+        ONLY.answer = lambda handler, _asked, status=status: handler.reply(status, {"error": {"message": "no"}})  # type: ignore[misc]
+        assert gateway.ask(CHAT, {"model": "small"}).status == status
+    wanted[f'{{backend="{ONLY.id}",outcome="error"}}'] = 2
+    gateway.until(lambda: ends(gateway) == wanted)
+
+
+def test_a_stream_that_its_backend_does_not_end_is_cut(gateway: Gateway) -> None:
+    """One that goes away, and one that says that its engine died: both have said 200."""
+    broken = [[chunks(7)[0]], [chunks(7)[0], event({"error": {"message": "EngineCore", "code": 500}}), event("[DONE]")]]
+    for parts in broken:
+
+        def answer(handler: Handler, _asked: Asked, parts: list[bytes] = parts) -> None:
+            handler.stream(iter(parts))
+
+        ONLY.answer = answer
+        gateway.ask(CHAT, {"model": "small", "stream": True})
+    gateway.until(lambda: ends(gateway) == {f'{{backend="{ONLY.id}",outcome="cut"}}': 2})
+
+
+def test_an_error_counts_where_it_was_made(tmp_path: Path) -> None:
+    """Though its client got an answer, from another backend."""
+    bad, good = Backend("chat@gpu-1"), Backend("chat@gpu-2")
+    bad.answer = lambda handler, _asked: handler.reply(502, {"error": {"message": "no"}})
+    good.answer = lambda handler, _asked: handler.reply(200, {"choices": []})
+    with running(tmp_path, document([route("small", [bad, good])], [bad, good]), [bad.id, good.id]) as gateway:
+        for _ in range(20):
+            assert gateway.ask(CHAT, {"model": "small"}).status == 200
+        errors = len(bad.asked)
+        assert errors
+        gateway.until(
+            lambda: (
+                ends(gateway)
+                == {'{backend="chat@gpu-1",outcome="error"}': errors, '{backend="chat@gpu-2",outcome="ok"}': 20}
+            )
+        )
+
+
 def test_other_kinds_are_counted_too(gateway: Gateway) -> None:
     answers = {
         "/v1/embeddings": ({"data": [{"embedding": [0.5] * 2000}] * 8, "usage": {"prompt_tokens": 6, "total_tokens": 6}}, ("6", "", "", "")),

@@ -30,13 +30,13 @@ return {
         return firsts
     end,
     pick = function(names, key, loads, usable, factor)
-        return ring.new(names):pick(key, function(name) return loads[name] or 0 end, function(name) return usable[name] == true end, factor)
+        return ring.new(names):pick(key, function(name) return usable[name] and (loads[name] or 0) or nil end, factor)
     end,
     -- Puts keys onto names, one after another; some of what runs ends. Returns the highest load in relation to what is allowed.
     run = function(names, keys, factor, ends)
         local one, loads, running, sum, worst = ring.new(names), {}, {}, 0, 0
         for index, key in ipairs(keys) do
-            local name = one:pick(key, function(each) return loads[each] or 0 end, function() return true end, factor)
+            local name = one:pick(key, function(each) return loads[each] or 0 end, factor)
             loads[name] = (loads[name] or 0) + 1
             sum, running[#running + 1] = sum + 1, name
             worst = math.max(worst, loads[name] - math.ceil(factor * sum / #names))

@@ -257,7 +257,16 @@ def test_a_stream_with_an_error_goes_on_unchanged(usage: Usage) -> None:
         ({"stream": True, "stream_options": {"include_usage": 1}}, None),
         ({"stream": True, "stream_options": 3}, None),
         ({"stream": False}, None),
-        ({"stream": "yes"}, None),
+        # what vLLM takes for true, by pydantic's rules, and what it does not
+        ({"stream": 1}, {"include_usage": True}),
+        ({"stream": 1.0}, {"include_usage": True}),
+        ({"stream": "Yes"}, {"include_usage": True}),
+        ({"stream": "on"}, {"include_usage": True}),
+        ({"stream": 0}, None),
+        ({"stream": 2}, None),
+        ({"stream": "off"}, None),
+        ({"stream": " yes"}, None),
+        ({"stream": [1]}, None),
         ({}, None),
     ],
 )

@@ -1,6 +1,7 @@
 -- What requests use: their budgets, what their answers tell, and the counts of it. gateway.lua calls the functions in this order.
 local answer = require "answer"
 local fleet = require "fleet"
+local keys = require "keys"
 local limit = require "limit"
 local metrics = require "metrics"
 local state = require "state"
@@ -8,7 +9,7 @@ local usage = require "usage"
 
 local account = {}
 
-local limits, counts = ngx.shared.gateway_limits, ngx.shared.gateway_metrics
+local limits, counts = ngx.shared.gateway_limits, ngx.shared.gateway_counts
 
 -- Where a stream tells what it used only when stream_options ask for it.
 local ASKED = { ["/v1/chat/completions"] = true, ["/v1/completions"] = true }
@@ -109,8 +110,8 @@ local function used_by(request)
     return request.whole and request.whole:result() or {}
 end
 
--- Who asks without a valid key.
-local nobody = {}
+-- Who asks without a valid key, and what an answer without an account has used.
+local nobody, nothing = {}, {}
 
 local function count_some(name, labels, n)
     if n and n > 0 then
@@ -132,6 +133,42 @@ local function count_times(request)
     metrics.observe(counts, "vllm_gateway_duration_seconds", route.labels, ngx.now() - ngx.req.start_time())
     if request.stream and request.first then
         metrics.observe(counts, "vllm_gateway_first_token_seconds", route.labels, request.first)
+    end
+end
+
+-- The labels of a backend, alone and with each way in which a request may end there. They are kept at the backend.
+local function labels_of_backend(backend)
+    if not backend.labels then
+        local alone = metrics.labels("backend", backend.id)
+        local function with(outcome)
+            return alone .. "," .. metrics.labels("outcome", outcome)
+        end
+        backend.labels = { alone = alone, ok = with("ok"), error = with("error"), cut = with("cut") }
+    end
+    return backend.labels
+end
+
+-- How a request ended at a backend. An error counts there also where another backend answered then.
+local function ended(backend, outcome)
+    metrics.count(counts, "vllm_gateway_backend_requests_total", labels_of_backend(backend)[outcome], 1)
+end
+
+function account.failed(request)
+    request.failed = true
+    ended(request.backend, "error")
+end
+
+-- The end at the backend that was asked last. A stream is cut when its client or its backend went away, and when an error is its end.
+local function end_at_backend(request, used)
+    local status, outcome = ngx.status, "ok"
+    if status == 499 or used.estimated then
+        outcome = "cut"
+    elseif status >= 500 then
+        outcome = "error"
+    end
+    ended(request.backend, outcome)
+    if request.stream and request.first then
+        metrics.observe(counts, "vllm_gateway_backend_first_token_seconds", labels_of_backend(request.backend).alone, request.first)
     end
 end
 
@@ -163,14 +200,24 @@ local function labels_of(client, route)
     return labels
 end
 
+-- The same with a status before them.
+local with_status = setmetatable({}, { __index = function(made, status)
+    made[status] = keys('status="' .. status .. '",')
+    return rawget(made, status)
+end })
+
 -- log: the end of a request, with or without an answer. Charged is what it used, now that it is known.
 function account.close(request)
     local client, labels = request.client, labels_of(request.client, request.route)
-    metrics.count(counts, "vllm_gateway_requests_total", 'status="' .. ngx.status .. '",' .. labels, 1)
-    if not request.stream and not request.whole then
+    metrics.count(counts, "vllm_gateway_requests_total", with_status[ngx.status][labels], 1)
+    local answered = request.stream or request.whole
+    local used = answered and used_by(request) or nothing
+    if request.backend and not request.failed then
+        end_at_backend(request, used)
+    end
+    if not answered then
         return
     end
-    local used = used_by(request)
     limit.charge(limits, client.name, client, (used.prompt or 0) + (used.completion or 0), ngx.now())
     learn(request, used)
     count_tokens(labels, used)
@@ -178,7 +225,8 @@ function account.close(request)
     log(request, used)
 end
 
-function account.went_again(backend)
+function account.went_again(request, backend)
+    request.failed = false
     metrics.count(counts, "vllm_gateway_retries_total", metrics.labels("backend", backend.id), 1)
 end
 

@@ -4,15 +4,22 @@ local state = require "state"
 
 local balance = {}
 
--- Whether a backend may be asked: it is used, has not just failed this request, and takes one more.
-local function usable(backend, avoided)
-    return backend ~= avoided and state.used(backend.id)
-        and (not backend.most_requests or state.in_flight_of(backend.id) < backend.most_requests)
+-- How much a backend has to do. Nothing when it may not be asked: it is not used, has just failed this request, or takes no more.
+-- `moment` is what all of a request's choices go by: used, failing, avoided.
+local function load_of(backend, moment)
+    if not moment.used[backend.id] or backend == moment.avoided then
+        return nil
+    end
+    local running = state.in_flight_of(backend.id)
+    if backend.most_requests and running >= backend.most_requests then
+        return nil
+    end
+    return moment.failing and running + state.failures_of(backend.id) or running
 end
 
-local function any_usable(route, avoided)
+local function any_usable(route, moment)
     for _, backend in ipairs(route.backends) do
-        if usable(backend, avoided) then
+        if load_of(backend, moment) then
             return true
         end
     end
@@ -20,10 +27,10 @@ local function any_usable(route, avoided)
 end
 
 -- Routes of one model share it by their weights; those without a backend give their share to the others.
-local function drawn(routes, avoided)
+local function drawn(routes, moment)
     local choices, sum = {}, 0
     for _, route in ipairs(routes) do
-        if any_usable(route, avoided) then
+        if any_usable(route, moment) then
             choices[#choices + 1] = route
             sum = sum + route.weight
         end
@@ -38,18 +45,16 @@ local function drawn(routes, avoided)
 end
 
 -- The one with the least to do; among equals, one at random.
-local function least(route, avoided)
+local function least(route, moment)
     local best, best_load, equals
     for _, backend in ipairs(route.backends) do
-        if usable(backend, avoided) then
-            local load = state.load_of(backend.id)
-            if not best or load < best_load then
-                best, best_load, equals = backend, load, 1
-            elseif load == best_load then
-                equals = equals + 1
-                if math.random(equals) == 1 then
-                    best = backend
-                end
+        local load = load_of(backend, moment)
+        if load and (not best or load < best_load) then
+            best, best_load, equals = backend, load, 1
+        elseif load and load == best_load then
+            equals = equals + 1
+            if math.random(equals) == 1 then
+                best = backend
             end
         end
     end
@@ -70,10 +75,10 @@ local function ring_of(route)
 end
 
 -- The one that had this key before, unless it has too much to do.
-local function same(route, key, avoided)
+local function same(route, key, moment)
     local of_route = ring_of(route)
-    local id = ring.pick(of_route, key, state.load_of, function(name)
-        return usable(route.by_id[name], avoided)
+    local id = ring.pick(of_route, key, function(name)
+        return load_of(route.by_id[name], moment)
     end)
     return route.by_id[id]
 end
@@ -81,19 +86,22 @@ end
 -- A route and a backend for a request, or nothing when none can take it. `keys` has what the request has in common with former ones, by the way in
 -- which a route is balanced.
 function balance.pick(routes, keys, avoided)
-    local route = #routes == 1 and routes[1] or drawn(routes, avoided)
+    local used, failing = state.look()
+    local moment = { used = used, failing = failing, avoided = avoided }
+    local route = #routes == 1 and routes[1] or drawn(routes, moment)
     if not route then
         return nil
     end
     local key = keys and keys[route.balance]
-    return route, key and same(route, key, avoided) or least(route, avoided)
+    return route, key and same(route, key, moment) or least(route, moment)
 end
 
 -- Whether there is a backend that could take requests, were it not full.
 function balance.full(routes)
+    local used = state.look()
     for _, route in ipairs(routes) do
         for _, backend in ipairs(route.backends) do
-            if state.used(backend.id) then
+            if used[backend.id] then
                 return true
             end
         end

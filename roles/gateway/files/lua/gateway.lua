@@ -42,8 +42,12 @@ function gateway.load(told)
     require("status").load(told.page, told.program)
 end
 
+-- How far memory may grow before what is no longer used is looked for, in percent of what was: requests leave much, and little of it stays.
+local GARBAGE_PAUSE = 300
+
 -- init_worker_by_lua
 function gateway.start()
+    collectgarbage("setpause", GARBAGE_PAUSE)
     math.randomseed(ngx.worker.pid() + ngx.now() * 1000)
     state.begin()
     if ngx.worker.id() == 0 then
@@ -84,11 +88,24 @@ local function takes(methods, method)
     return method == methods or methods ~= "POST" and (method == "GET" or method == "HEAD")
 end
 
+-- A request, with everything that the program comes to know of it: a table that has its names from the beginning need not grow.
+local function new_request(id, path)
+    return {
+        id = id, path = path,
+        -- what it asks: a browser beforehand, or a client a model; and what is said to it when it is refused, or its backend failed
+        asked_beforehand = false, client = false, asked = false, refusal = false, told = false, error_parts = false,
+        -- where it may go and where it went; running: it counts there, entered: since when it counts at its client
+        routes = false, keys = false, route = false, backend = false, failed = false, running = false, entered = false,
+        -- of account.lua: what is left to the client, what the question has and the answer tells
+        rate = false, tokens = false, bytes = false, ours = false, stream = false, whole = false, first = false,
+    }
+end
+
 -- Rewrite phase: the path, the key and the method. This is before the limits, so what is refused here uses up nobody's share.
 function gateway.admit()
     local variables = ngx.var
-    local request = { path = variables.uri }
-    running[variables.request_id] = request
+    local request = new_request(variables.request_id, variables.uri)
+    running[request.id] = request
     ngx.ctx.request = request
     local methods = methods_of(request.path)
     if not methods then
@@ -185,13 +202,19 @@ local function find_routes(request)
 end
 
 local function pick(request, avoided)
-    local route, backend = balance.pick(request.routes, request.keys, avoided)
-    if not backend then
-        return false
+    while true do
+        local route, backend = balance.pick(request.routes, request.keys, avoided)
+        if not backend then
+            return false
+        end
+        local taken = state.enter(backend.id)
+        if not backend.most_requests or taken <= backend.most_requests then
+            request.route, request.backend, request.running = route, backend, true
+            return true
+        end
+        -- another worker was faster
+        state.leave(backend.id)
     end
-    state.enter(backend.id)
-    request.route, request.backend, request.running = route, backend, true
-    return true
 end
 
 -- No backend takes it.
@@ -267,10 +290,11 @@ function gateway.again()
     local former = request.backend
     leave(request)
     state.failed(former.id)
+    account.failed(request)
     if not may_go_again(request, status) or not pick(request, former) then
         return answer.refuse(request, status, { retry_after = status == 503 and RETRY_AFTER or nil })
     end
-    account.went_again(former)
+    account.went_again(request, former)
 end
 
 -- Content of errors that Nginx or the program made. Of a request that could not be read, nginx.conf knows the status, and Nginx's own number for why.
@@ -329,7 +353,12 @@ function gateway.body()
     local parts = request and request.error_parts
     if not parts then
         if request and (request.stream or request.whole) then
-            ngx.arg[1] = account.chunk(request, ngx.arg[1], ngx.arg[2])
+            local chunk = ngx.arg[1]
+            local passed_on = account.chunk(request, chunk, ngx.arg[2])
+            -- what is set is copied
+            if passed_on ~= chunk then
+                ngx.arg[1] = passed_on
+            end
         end
         return
     end
@@ -343,13 +372,11 @@ end
 
 -- log_by_lua: every request ends here, also one whose client went away.
 function gateway.log()
-    local variables = ngx.var
-    local id = variables.request_id
-    local request = running[id]
+    local variables, request = ngx.var, current()
     if not request then
         return
     end
-    running[id] = nil
+    running[request.id] = nil
     leave(request)
     if request.entered then
         limit.leave(limits, request.client.name, ngx.worker.pid(), ngx.now() - request.entered)

@@ -16,6 +16,8 @@
 --
 -- Days and months are those of UTC. A minute is none of the clock: what flows back all the time is a minute's worth at most, and never more than that
 -- lies there. An answer may use more than was left; then the next one waits until that has flowed back.
+local keys = require "keys"
+
 local limit = {}
 
 -- Times are kept from here on: those since 1970 leave too few digits for many small additions. What is still lost to rounding must not turn down
@@ -31,9 +33,11 @@ local DAY = 86400
 -- Stands for an owner that has been swept. One that is missing is just being written.
 local GONE = 0
 
+local lock_key, rate_key, minute_key, total_key, took_key = keys("lock:"), keys("rate:"), keys("minute:"), keys("in:"), keys("took:")
+
 -- Runs a change of a value that reads it first. Without the lock, when it cannot be had, two workers may let one request too many pass.
 local function locked(dict, key, change, ...)
-    local lock = "lock:" .. key
+    local lock = lock_key[key]
     local tries = 0
     while not dict:add(lock, true, LOCK_SECONDS) and tries < LOCK_TRIES do
         tries = tries + 1
@@ -72,7 +76,7 @@ function limit.rate(dict, name, per_minute, burst, now)
     now = now - BEGINNING
     local each = 60 / per_minute
     local size = each * math.max(burst or 1, 1)
-    local within, time = locked(dict, "rate:" .. name, take, each, size, now)
+    local within, time = locked(dict, rate_key[name], take, each, size, now)
     if not within then
         return false, time
     end
@@ -81,12 +85,16 @@ end
 
 -- Requests at a time.
 
-local function total_key(name)
-    return "in:" .. name
-end
+-- For each owner. A worker is one, and asks for no other's but those of dead ones.
+local owner_keys = {}
 
 local function owner_key(name, owner)
-    return "in:" .. name .. ":" .. owner
+    local of_owner = owner_keys[owner]
+    if not of_owner then
+        of_owner = keys("in:", ":" .. owner)
+        owner_keys[owner] = of_owner
+    end
+    return of_owner[name]
 end
 
 -- Numbers what is put under a key, so that it can be found again without a list of all keys.
@@ -110,16 +118,16 @@ local function add(dict, key, count)
 end
 
 function limit.running(dict, name)
-    return dict:get(total_key(name)) or 0
+    return dict:get(total_key[name]) or 0
 end
 
 -- With `most` running, one of them ends every so many seconds.
 local function wait(dict, name, most)
-    return (dict:get("took:" .. name) or 1) / math.max(most, 1)
+    return (dict:get(took_key[name]) or 1) / math.max(most, 1)
 end
 
 function limit.enter(dict, name, owner, most)
-    local total = total_key(name)
+    local total = total_key[name]
     local running = dict:incr(total, 1, 0)
     if most and running > most then
         dict:incr(total, -1)
@@ -134,10 +142,10 @@ function limit.enter(dict, name, owner, most)
 end
 
 function limit.leave(dict, name, owner, seconds)
-    add(dict, total_key(name), -1)
+    add(dict, total_key[name], -1)
     add(dict, owner_key(name, owner), -1)
     if seconds then
-        local key = "took:" .. name
+        local key = took_key[name]
         local average = dict:get(key)
         dict:set(key, average and average + WEIGHT * (seconds - average) or seconds)
     end
@@ -148,13 +156,14 @@ local function give_back(dict, owner)
     for number = 1, dict:get(held) or 0 do
         local name = dict:get(held .. "#" .. number)
         if name then
-            add(dict, total_key(name), -(dict:get(owner_key(name, owner)) or 0))
+            add(dict, total_key[name], -(dict:get(owner_key(name, owner)) or 0))
             dict:delete(owner_key(name, owner))
             dict:delete(held .. "#" .. number)
         end
     end
     dict:delete(held)
     dict:delete("owner:" .. owner)
+    owner_keys[owner] = nil
 end
 
 function limit.sweep(dict, alive)
@@ -210,7 +219,7 @@ end
 
 -- A minute's tokens are a bucket of 60 seconds.
 local function of_minute(dict, name, per_minute, now)
-    local ahead = full_at(dict, "minute:" .. name, now - BEGINNING) - (now - BEGINNING)
+    local ahead = full_at(dict, minute_key[name], now - BEGINNING) - (now - BEGINNING)
     if ahead >= 60 then
         return false, ahead - 60 + 60 / per_minute, "minute"
     end
@@ -233,7 +242,7 @@ function limit.charge(dict, name, limits, count, now)
         return
     end
     if limits.tokens_per_minute then
-        locked(dict, "minute:" .. name, pour_out, count * 60 / limits.tokens_per_minute, now - BEGINNING)
+        locked(dict, minute_key[name], pour_out, count * 60 / limits.tokens_per_minute, now - BEGINNING)
     end
     if limits.tokens_per_day then
         dict:incr(day_key(name, now), count, 0, until_tomorrow(now) + 1)

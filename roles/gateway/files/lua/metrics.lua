@@ -10,7 +10,7 @@
 --   METRICS                              what there is: name, type, help, and the limits of the buckets
 local metrics = {}
 
-local SLICE = 200
+local SLICE = 100
 local FIRST_TOKEN = { 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160 }
 local DURATION = { 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280 }
 
@@ -23,7 +23,9 @@ metrics.METRICS = {
     { name = "vllm_gateway_estimated_total", type = "counter", help = "Requests whose tokens were estimated, because their stream was cut." },
     { name = "vllm_gateway_limited_total", type = "counter", help = "Requests that were turned down by a limit of their client." },
     { name = "vllm_gateway_retries_total", type = "counter", help = "Requests that went to another backend, by the one that failed." },
+    { name = "vllm_gateway_backend_requests_total", type = "counter", help = "Requests of a backend, by how they ended there: ok, error, cut." },
     { name = "vllm_gateway_first_token_seconds", type = "histogram", help = "Time until the answer began.", buckets = FIRST_TOKEN },
+    { name = "vllm_gateway_backend_first_token_seconds", type = "histogram", help = "Time until a backend's answer began.", buckets = FIRST_TOKEN },
     { name = "vllm_gateway_duration_seconds", type = "histogram", help = "Time until the answer was over.", buckets = DURATION },
 }
 
@@ -43,67 +45,120 @@ function metrics.labels(...)
     return table.concat(parts, ",")
 end
 
--- Returns whether the key is new, which it seldom is.
-local function add(dict, key, n)
-    if dict:incr(key, n) then
-        return false
+-- What the dictionary has. Another program, with more metrics, may go on with it after a reload, so the number of a series is its own for good.
+--   #              how many series were numbered; some numbers may have been used by none
+--   NAME{LABELS    the number of a series, say 17
+--   17             its value: a counter's, or the seconds of a histogram
+--   17:4           one of its buckets: what is in it and not in the ones before
+--   NAME#          how many series a metric has
+--   NAME#3         the labels of one of them
+-- Each request counts in many series, so what it looks for is short, and its name is made once for each worker.
+local places = setmetatable({}, { __mode = "k" })
+
+-- Gives a series its number, for all workers the same. Nothing when the dictionary is full.
+local function numbered(dict, name, labels)
+    local key = name .. "{" .. labels
+    local found = dict:get(key)
+    if found then
+        return found
     end
-    local new = dict:safe_add(key, 0)
-    dict:incr(key, n)
-    return new
+    dict:safe_add("#", 0)
+    local new = dict:incr("#", 1)
+    if new and dict:safe_add(key, new) then
+        dict:safe_add(name .. "#", 0)
+        dict:safe_set(name .. "#" .. (dict:incr(name .. "#", 1) or 0), labels)
+    end
+    return dict:get(key)
 end
 
--- A series has its place in the list of its metric from its first count on.
-local function add_series(dict, name, labels, n)
-    if add(dict, name .. "{" .. labels, n) then
-        dict:safe_add(name .. "#", 0)
-        dict:safe_set(name .. "#" .. dict:incr(name .. "#", 1), labels)
+local function place_of(dict, name, labels)
+    local known = places[dict] or {}
+    places[dict] = known
+    known[name] = known[name] or {}
+    local found = known[name][labels]
+    if not found then
+        local number_of = numbered(dict, name, labels)
+        found = number_of and { value = tostring(number_of) }
+        known[name][labels] = found
+    end
+    return found
+end
+
+local function bucket(found, index)
+    local key = found[index]
+    if not key then
+        key = found.value .. ":" .. index
+        found[index] = key
+    end
+    return key
+end
+
+local function add(dict, key, n)
+    if not dict:incr(key, n) then
+        dict:safe_add(key, 0)
+        dict:incr(key, n)
     end
 end
 
 function metrics.count(dict, name, labels, n)
     assert(by_name[name], name)
-    add_series(dict, name, labels, n)
+    local found = place_of(dict, name, labels)
+    if found then
+        add(dict, found.value, n)
+    end
 end
 
--- A bucket has what is not in the ones before it. The seconds of all are what stands for the series.
+-- The seconds of all are what stands for the series.
 function metrics.observe(dict, name, labels, seconds)
     local buckets = by_name[name].buckets
     local index = 1
     while buckets[index] and seconds > buckets[index] do
         index = index + 1
     end
-    add_series(dict, name, labels, seconds)
-    add(dict, name .. "{" .. labels .. "#" .. index, 1)
+    local found = place_of(dict, name, labels)
+    if found then
+        add(dict, found.value, seconds)
+        add(dict, bucket(found, index), 1)
+    end
 end
 
 local function number(value)
     return value == math.floor(value) and ("%d"):format(value) or ("%.14g"):format(value)
 end
 
-local function counter(dict, name, text)
-    return name .. "{" .. text .. "} " .. number(dict:get(name .. "{" .. text) or 0) .. "\n"
+local function counter(metric, text, value)
+    return metric.name .. "{" .. text .. "} " .. number(value) .. "\n"
 end
 
-local function histogram(dict, name, text, buckets)
+local function histogram(metric, text, seconds, in_bucket)
+    local name, buckets = metric.name, metric.buckets
     local lines, sum = {}, 0
     for index = 1, #buckets + 1 do
-        sum = sum + (dict:get(name .. "{" .. text .. "#" .. index) or 0)
+        sum = sum + in_bucket(index)
         local limit = buckets[index] and tostring(buckets[index]) or "+Inf"
         lines[index] = ("%s_bucket{%s,le=\"%s\"} %d\n"):format(name, text, limit, sum)
     end
-    local seconds = number(dict:get(name .. "{" .. text) or 0)
-    return table.concat(lines) .. ("%s_sum{%s} %s\n%s_count{%s} %d\n"):format(name, text, seconds, name, text, sum)
+    return table.concat(lines) .. ("%s_sum{%s} %s\n%s_count{%s} %d\n"):format(name, text, number(seconds), name, text, sum)
+end
+
+-- A series as it is written; nothing for one that had no room.
+local function series(dict, metric, at)
+    local text = dict:get(metric.name .. "#" .. at)
+    local found = text and place_of(dict, metric.name, text)
+    local value = found and dict:get(found.value)
+    if not value then
+        return nil
+    end
+    return metric.buckets
+        and histogram(metric, text, value, function(index) return dict:get(bucket(found, index)) or 0 end)
+        or counter(metric, text, value)
 end
 
 local function render_metric(dict, metric, write, pause)
     local name = metric.name
     local lines = { ("# HELP %s %s\n# TYPE %s %s\n"):format(name, metric.help, name, metric.type) }
-    for index = 1, dict:get(name .. "#") or 0 do
-        local text = dict:get(name .. "#" .. index)
-        if text then
-            lines[#lines + 1] = metric.buckets and histogram(dict, name, text, metric.buckets) or counter(dict, name, text)
-        end
+    for at = 1, dict:get(name .. "#") or 0 do
+        lines[#lines + 1] = series(dict, metric, at)
         if #lines >= (metric.buckets and SLICE / 10 or SLICE) then
             write(table.concat(lines))
             lines = {}

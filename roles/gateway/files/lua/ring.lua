@@ -5,8 +5,8 @@
 --
 --   new(names, replicas)                   a ring. The same names in any order make the same ring
 --   order(ring, key)                       all names, in the order in which they would get this key; also ring:order(key)
---   pick(ring, key, load, usable, factor)  the first of them that is usable(name) and has room by its load(name); where none has, the one with
---                                          the least load; nil when none is usable
+--   pick(ring, key, load, factor)          the first of them that has room by its load(name), which is nil for one that cannot be used; where none
+--                                          has room, the one with the least load; nil when none can be used
 --   prompt_key(text, fields, bytes)        what requests with one beginning have in common: the model and the first bytes of the prompt, by the
 --                                          fields that scan found (model, and messages, prompt or input); nil without a prompt
 local bit = require "bit"
@@ -39,7 +39,7 @@ function ring.new(names, replicas)
     table.sort(points, function(one, other)
         return one.at < other.at or one.at == other.at and one.name < other.name
     end)
-    return setmetatable({ points = points, count = #names }, ring)
+    return setmetatable({ points = points, names = { unpack(names) } }, ring)
 end
 
 -- The first point that is not before `at`; behind the last one comes the first.
@@ -56,47 +56,55 @@ local function first_from(points, at)
     return low
 end
 
-function ring:order(key)
-    local points, names, seen = self.points, {}, {}
-    local start = first_from(points, hash(key))
-    for step = 0, #points - 1 do
-        local name = points[(start + step - 1) % #points + 1].name
-        if not seen[name] then
-            seen[name] = true
-            names[#names + 1] = name
-            if #names == self.count then
-                break
+-- Walks the names in the order in which they would get this key, each once, until see(name) returns true.
+local function walk(self, key, see)
+    local points, seen, left = self.points, {}, #self.names
+    local at = first_from(points, hash(key))
+    while left > 0 do
+        local point = points[(at - 1) % #points + 1]
+        if not seen[point.name] then
+            seen[point.name] = true
+            left = left - 1
+            if see(point.name) then
+                return
             end
         end
+        at = at + 1
     end
+end
+
+function ring:order(key)
+    local names = {}
+    walk(self, key, function(name)
+        names[#names + 1] = name
+    end)
     return names
 end
 
--- The usable names in their order, with the load of each and of all.
-local function loads(self, key, load, usable)
-    local names, found, sum = {}, {}, 0
-    for _, name in ipairs(self:order(key)) do
-        if usable(name) then
-            names[#names + 1] = name
-            found[name] = load(name)
-            sum = sum + found[name]
+-- The loads of those that can be used, of how many, and of all together.
+local function loads(self, load)
+    local found, count, sum = {}, 0, 0
+    for _, name in ipairs(self.names) do
+        found[name] = load(name)
+        if found[name] then
+            count, sum = count + 1, sum + found[name]
         end
     end
-    return names, found, sum
+    return found, count, sum
 end
 
-function ring.pick(self, key, load, usable, factor)
-    local names, found, sum = loads(self, key, load, usable)
-    local most = math.ceil((factor or FACTOR) * (sum + 1) / #names)
-    local least = names[1]
-    for _, name in ipairs(names) do
-        if found[name] < most then
-            return name
-        elseif found[name] < found[least] then
-            least = name
+function ring.pick(self, key, load, factor)
+    local found, count, sum = loads(self, load)
+    local most = math.ceil((factor or FACTOR) * (sum + 1) / count)
+    local picked
+    walk(self, key, function(name)
+        local its = found[name]
+        if its and (not picked or its < most or its < found[picked]) then
+            picked = name
         end
-    end
-    return least
+        return its and its < most
+    end)
+    return picked
 end
 
 -- The key of a prompt.

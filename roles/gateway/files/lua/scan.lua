@@ -255,11 +255,11 @@ local TYPES = { ['"'] = "string", ["{"] = "object", ["["] = "array", t = "true",
 -- Notes the key between the quotes at key_from and key_to, when anybody wants to know of it.
 local function note_key(walk, key_from, key_to)
     walk.members = walk.members + 1
-    walk.field = nil
+    walk.field = false
     if key_to - key_from - 1 > walk.longest then return end
     local key = said(sub(walk.text, key_from + 1, key_to - 1))
     if walk.wanted[key] then
-        walk.field = { key_from = key_from, key_to = key_to }
+        walk.field = { key_from = key_from, key_to = key_to, from = false, to = false, type = false, more = false }
         walk.key = key
     end
 end
@@ -276,11 +276,11 @@ local function note_value(walk, i)
     note_end(walk, i)
     local field = walk.field
     if not field then return end
-    walk.field = nil
+    walk.field = false
     field.type = TYPES[sub(walk.text, field.from, field.from)] or "number"
     local before = walk.fields[walk.key]
     if before then
-        field.more, before.more = before.more or {}, nil
+        field.more, before.more = before.more or {}, false
         field.more[#field.more + 1] = before
         walk.crowded = walk.crowded or #field.more >= scan.NAMESAKES
     end
@@ -378,11 +378,12 @@ end
 
 local function go_on() end
 
+-- All names from the beginning: a table that grows costs more.
 local function start(text, wanted, pause)
     return {
         text = text, bytes = ffi.cast("const uint8_t *", text), size = #text, stop = 0, pause = pause or go_on,
-        wanted = wanted, longest = longest(wanted), fields = {}, members = 0,
-        depth = 0, stack = {},
+        wanted = wanted, longest = longest(wanted), fields = {}, members = 0, field = false, key = false, crowded = false,
+        depth = 0, stack = {}, after = BEFORE, from = 0, to = 0,
     }
 end
 

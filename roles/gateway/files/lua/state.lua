@@ -2,6 +2,7 @@
 -- former configurations included.
 local cjson = require "cjson.safe"
 local fleet = require "fleet"
+local keys = require "keys"
 
 local state = {}
 
@@ -18,8 +19,12 @@ local last_text
 -- What this worker has read of the state, and which one it was: most requests find it unchanged.
 local used, known = {}, nil
 
+local all_key, failed_key = keys("in:"), keys("failed:")
+-- Of what this worker has in flight.
+local own_key
+
 function state.in_flight_of(id)
-    return shared:get("in:" .. id) or 0
+    return shared:get(all_key[id]) or 0
 end
 
 local function changed()
@@ -38,7 +43,7 @@ local function adopt(text)
         local use = backend.use == true
         if use and not shared:get("use:" .. id) then
             -- who comes back begins anew
-            shared:delete("failed:" .. id)
+            shared:delete(failed_key[id])
         end
         shared:set("use:" .. id, use)
         shared:set("leaving:" .. id, backend.leaving == true)
@@ -97,8 +102,8 @@ function state.load(name)
     state.read()
 end
 
--- Which backends are used.
-local function look()
+-- The backends that are used, as a set of ids, and whether any has failed lately. What it returns is so at this moment: to be asked for each request.
+function state.look()
     local changes = shared:get("changes")
     if changes ~= known then
         known = changes
@@ -106,39 +111,41 @@ local function look()
             used[id] = shared:get("use:" .. id) == true
         end
     end
+    return used, shared:get("failing") == true
 end
 
 function state.used(id)
-    look()
-    return used[id]
+    return state.look()[id]
 end
 
 function state.leaving(id)
     return shared:get("leaving:" .. id) == true
 end
 
--- How much a backend has to do.
-function state.load_of(id)
-    return state.in_flight_of(id) + FAILURE_LOAD * (shared:get("failed:" .. id) or 0)
+-- What the failures of a backend count for.
+function state.failures_of(id)
+    return FAILURE_LOAD * (shared:get(failed_key[id]) or 0)
 end
 
 function state.failed(id)
-    shared:incr("failed:" .. id, 1, 0, FAILURE_SECONDS)
+    shared:incr(failed_key[id], 1, 0, FAILURE_SECONDS)
+    shared:set("failing", true, FAILURE_SECONDS)
 end
 
--- Each worker counts under its process id as well, so that what a killed one had can be given back.
+-- Each worker counts under its process id as well, so that what a killed one had can be given back. Returns how many the backend has with it.
 function state.enter(id)
-    shared:incr("in:" .. id, 1, 0)
-    shared:incr("in:" .. id .. ":" .. ngx.worker.pid(), 1, 0)
+    shared:incr(own_key[id], 1, 0)
+    return shared:incr(all_key[id], 1, 0) or 0
 end
 
 function state.leave(id)
-    shared:incr("in:" .. id, -1, 0)
-    shared:incr("in:" .. id .. ":" .. ngx.worker.pid(), -1, 0)
+    shared:incr(all_key[id], -1, 0)
+    shared:incr(own_key[id], -1, 0)
 end
 
 -- Makes this worker one whose counts are looked after.
 function state.begin()
+    own_key = keys("in:", ":" .. ngx.worker.pid())
     shared:rpush("owners", ngx.worker.pid())
 end
 

@@ -17,6 +17,7 @@ local usage = {}
 
 -- More than any account has; something else that has the name is let go.
 local LONGEST = 65536
+local LONGEST_NAME = 32
 
 -- What an account says.
 
@@ -52,14 +53,11 @@ local Answer = {}
 Answer.__index = Answer
 
 function usage.answer()
-    return setmetatable({ depth = 0, name = "", within = "", backslashes = 0 }, Answer)
-end
-
-local function next_mark(bytes, i, size)
-    while i < size and mark[bytes[i]] == 0 do
-        i = i + 1
-    end
-    return i
+    -- all names from the beginning: a table that grows costs more
+    return setmetatable({
+        depth = 0, in_string = false, backslashes = 0, name = "", name_from = false, name_to = 0, within = "",
+        pieces = false, from = 0, length = 0, bottom = 0, found = nil,
+    }, Answer)
 end
 
 -- Whether the byte at `at` is escaped: an odd number of backslashes before it, those of the last chunk included.
@@ -76,30 +74,38 @@ end
 
 -- Goes on in a string from position `at` of the chunk (1 is the first); the position behind its part here.
 local function string_part(self, chunk, at)
-    local quote = at
-    repeat
-        quote = find(chunk, '"', quote, true)
-        local inside = quote and escaped(self, chunk, quote)
-        quote = inside and quote + 1 or quote
-    until not inside
-    if self.depth <= 2 and #self.name < 32 then
-        self.name = self.name .. sub(chunk, at, math.min(quote and quote - 1 or #chunk, at + 32))
+    local quote = find(chunk, '"', at, true)
+    while quote and escaped(self, chunk, quote) do
+        quote = find(chunk, '"', quote + 1, true)
     end
     self.in_string = quote == nil
+    self.name_from, self.name_to = at, quote and quote - 1 or #chunk
     return quote and quote + 1 or #chunk + 1
 end
 
+-- The last string, as far as it can be the name of an account. Most are none, so it is cut out of its chunk only when somebody asks.
+local function name_of(self, chunk)
+    if self.name_from then
+        self.name = sub(self.name .. sub(chunk, self.name_from, math.min(self.name_to, self.name_from + LONGEST_NAME)), 1, LONGEST_NAME)
+        self.name_from = false
+    end
+    return self.name
+end
+
 -- An object or a list begins. Its name is the last string before it.
-local function open(self, byte, at)
+local function open(self, chunk, byte, at)
     self.depth = self.depth + 1
-    local path = self.depth == 2 and self.name or self.depth == 3 and self.within .. " " .. self.name
-    if self.depth == 2 then
-        self.within = self.name
+    if self.depth == 2 or self.depth == 3 then
+        local name = name_of(self, chunk)
+        local path = self.depth == 2 and name or self.within .. " " .. name
+        if self.depth == 2 then
+            self.within = name
+        end
+        if byte == OPEN and ACCOUNTS[path] and not self.pieces then
+            self.pieces, self.from, self.length, self.bottom = {}, at, 0, self.depth
+        end
     end
-    if byte == OPEN and path and ACCOUNTS[path] and not self.pieces then
-        self.pieces, self.from, self.length, self.bottom = {}, at, 0, self.depth
-    end
-    self.name = ""
+    self.name, self.name_from = "", false
 end
 
 local function keep(self, chunk, to)
@@ -107,7 +113,7 @@ local function keep(self, chunk, to)
     self.length = self.length + to - self.from + 1
     self.from = 1
     if self.length > LONGEST then
-        self.pieces = nil
+        self.pieces = false
     end
 end
 
@@ -115,7 +121,7 @@ local function close(self, chunk, at)
     if self.pieces and self.depth == self.bottom then
         keep(self, chunk, at)
         self.found = self.pieces and numbers(table.concat(self.pieces)) or self.found
-        self.pieces = nil
+        self.pieces = false
     end
     self.depth = self.depth - 1
 end
@@ -128,27 +134,30 @@ local function trailing_backslashes(self, chunk)
     return count == #chunk and count + self.backslashes or count
 end
 
-function Answer:feed(chunk)
-    local bytes, size, i = ffi.cast("const uint8_t *", chunk), #chunk, 0
+-- One loop without another in it, which LuaJIT compiles.
+local function walk(self, chunk, i)
+    local bytes, size = ffi.cast("const uint8_t *", chunk), #chunk
     while i < size do
-        if self.in_string then
-            i = string_part(self, chunk, i + 1) - 1
-        else
-            i = next_mark(bytes, i, size)
-            local byte = i < size and bytes[i] or nil
-            i = i + 1
+        local byte = bytes[i]
+        i = i + 1
+        if mark[byte] == 1 then
             if byte == QUOTE then
-                self.in_string, self.name = true, ""
-                self.backslashes = 0
+                self.name, self.backslashes = "", 0
+                i = string_part(self, chunk, i + 1) - 1
             elseif byte == OPEN or byte == OPEN_LIST then
-                open(self, byte, i)
-            elseif byte then
+                open(self, chunk, byte, i)
+            else
                 close(self, chunk, i)
             end
         end
     end
+end
+
+function Answer:feed(chunk)
+    walk(self, chunk, self.in_string and string_part(self, chunk, 1) - 1 or 0)
+    name_of(self, chunk)
     if self.pieces then
-        keep(self, chunk, size)
+        keep(self, chunk, #chunk)
     end
     self.backslashes = self.in_string and trailing_backslashes(self, chunk) or 0
 end
@@ -268,9 +277,20 @@ end
 
 -- Asking for it.
 
+-- What vLLM takes for true beside true, by pydantic's rules: 1 as a number, and these as a string in whatever letters.
+local TRUE = { ["1"] = true, on = true, t = true, ["true"] = true, y = true, yes = true }
+
+local function is_true(text, field)
+    if field.type == "number" then
+        return tonumber(sub(text, field.from, field.to)) == 1
+    end
+    return field.type == "true"
+        or field.type == "string" and field.to - field.from < LONGEST_NAME and TRUE[scan.string(text, field):lower()] == true
+end
+
 function usage.ask(text, fields)
     local options = fields.stream_options
-    if not fields.stream or fields.stream.type ~= "true" then
+    if not fields.stream or not is_true(text, fields.stream) then
         return nil
     elseif not options or options.type == "null" then
         return '{"include_usage":true}'
