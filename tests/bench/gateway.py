@@ -4,7 +4,9 @@
 
 Everything is on loopback: the backends (Nginx with Lua, so that they cost little), the gateways, h2load for short calls and a client of its own
 for streams, whose events carry the moment at which the backend sent them. Each round asks every way once, in changing order; told are the medians of
-the rounds and their range. `fleet` is the role's own nginx.conf and program (tests/gateway/harness.py).
+the rounds and their range. `fleet` is the role's own nginx.conf and program (tests/gateway/harness.py). "cpu" is what the gateway uses for a short
+call, in microseconds; "cpu of all" has the client and the backends, too, so that the number of processors divided by it is what this machine could do
+if nothing else ran on it: what to compare on a busy one.
 
 Duties differ, and the table says which has what: plain Nginx has TLS, one key and a log; Envoy the same and the route by the model in the
 body; vLLM's router has neither TLS nor a log of requests; LiteLLM has TLS, keys and the route. Needs h2load (package nghttp2-client).
@@ -15,9 +17,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import re
+import resource
 import selectors
 import signal
 import socket
@@ -53,6 +57,8 @@ class Way:
     port: int
     tls: bool = True
     pids: Callable[[], list[int]] = list
+    # of the short calls, so that a slow one does not take the whole time
+    share: float = 1.0
 
 
 @dataclass
@@ -225,7 +231,7 @@ def calls(way: Way, count: int, clients: int) -> float:
     return float(re.search(r"finished in .*?, ([\d.]+) req/s", told).group(1))  # type: ignore[union-attr]
 
 
-def wait_for(way: Way, seconds: float = 120) -> None:
+def wait_for(way: Way, seconds: float = 300) -> None:
     """Until it answers."""
     end = time.monotonic() + seconds
     while True:
@@ -252,7 +258,7 @@ class Running:
         (directory / "privkey.pem").write_text(key)
         self.ports = {"FIRST": free_port(), "SECOND": free_port()}
         conf = written(directory, "upstream.conf", **self.ports)
-        stack.enter_context(process(*nginx(conf, directory)))
+        self.backends = stack.enter_context(process(*nginx(conf, directory)))
 
     def start(self, name: str) -> Way:
         """Start one of them, and wait until it answers."""
@@ -321,18 +327,22 @@ class Running:
             "--port",
             str(port),
         )
-        command += ("--num_workers", str(os.cpu_count()), "--ssl_keyfile_path", f"{self.directory}/privkey.pem")
-        command += ("--ssl_certfile_path", f"{self.directory}/fullchain.pem")
-        return self.run(
-            "litellm",
-            port,
-            command,
-            env={
-                **os.environ,
-                "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-                "PATH": f"{ENVIRONMENT}/bin:{os.environ['PATH']}",
-            },
+        command += (
+            "--run_gunicorn",
+            "--num_workers",
+            str(os.cpu_count()),
+            "--ssl_keyfile_path",
+            f"{self.directory}/privkey.pem",
         )
+        command += ("--ssl_certfile_path", f"{self.directory}/fullchain.pem")
+        environment = {
+            **os.environ,
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+            "PATH": f"{ENVIRONMENT}/bin:{os.environ['PATH']}",
+        }
+        way = self.run("litellm", port, command, env=environment)
+        way.share = 0.1
+        return way
 
 
 @dataclass
@@ -351,7 +361,7 @@ class Known:
 def install() -> None:
     """What is compared with, in an environment of its own."""
     if not (ENVIRONMENT / "bin" / "litellm").exists():
-        subprocess.run([str(UV), "venv", "-q", str(ENVIRONMENT), "--python", "3.12"], check=True)
+        subprocess.run([str(UV), "venv", "-q", "--clear", str(ENVIRONMENT), "--python", sys.executable], check=True)
         subprocess.run(
             [
                 str(UV),
@@ -368,7 +378,9 @@ def install() -> None:
 
 
 def quantile(values: list[float], share: float) -> float:
-    """In milliseconds."""
+    """In milliseconds; no number when nothing came in time."""
+    if not values:
+        return math.nan
     return sorted(values)[min(len(values) - 1, int(len(values) * share))] * 1000
 
 
@@ -377,16 +389,24 @@ def told(values: list[float], digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
-def measure(way: Way, arguments: argparse.Namespace) -> dict[str, float]:
+def ended_seconds() -> float:
+    """Processor time of the processes of this one that have ended: h2load."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def measure(way: Way, backends: int, arguments: argparse.Namespace) -> dict[str, float]:
     """One round of one way."""
-    before = cpu_seconds(way.pids())
-    rate = calls(way, arguments.calls, 16)
-    used = (cpu_seconds(way.pids()) - before) / arguments.calls * 1e6
+    before, others = cpu_seconds(way.pids()), cpu_seconds(children(backends)) + ended_seconds()
+    count = int(arguments.calls * way.share)
+    rate = calls(way, count, 16)
+    used = (cpu_seconds(way.pids()) - before) / count * 1e6
+    rest = (cpu_seconds(children(backends)) + ended_seconds() - others) / count * 1e6
     came = streams(way, arguments.streams, arguments.seconds)
     if came.bad:
         print(f"{way.name}: {came.bad} streams were cut", file=sys.stderr)
     return {
-        "calls": rate, "cpu": used, "memory": memory_mib(way.pids()),
+        "calls": rate, "cpu": used, "cpu of all": used + rest, "memory": memory_mib(way.pids()),
         "first p50": quantile(came.first, 0.5), "first p99": quantile(came.first, 0.99),
         "token p50": quantile(came.late, 0.5), "token p99": quantile(came.late, 0.99),
     }  # fmt: skip
@@ -409,7 +429,7 @@ def main() -> None:
         ways = [running.start(way) for way in arguments.ways]
         for number in range(arguments.rounds):
             for way in random.sample(ways, len(ways)):
-                rows[way.name].append(measure(way, arguments))
+                rows[way.name].append(measure(way, running.backends.pid, arguments))
                 print(f"round {number + 1}: {way.name} {rows[way.name][-1]}", file=sys.stderr, flush=True)
     names = list(next(iter(rows.values()))[0])
     print(f"| way | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
