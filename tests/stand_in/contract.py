@@ -143,6 +143,26 @@ def it_chats(server: Server) -> None:
     assert told["usage"]["completion_tokens"] == 3
 
 
+def it_tells_how_likely_a_prompt_is(server: Server) -> None:
+    """By 0 the tokens of the prompt alone, the first one without a number: what instance_proof compares releases by."""
+    told = server.ask("/v1/completions", completion(server, prompt_logprobs=0)).json()
+    in_chat = server.ask("/v1/chat/completions", chat(server, prompt_logprobs=0)).json()
+    for positions, usage in (
+        (told["choices"][0]["prompt_logprobs"], told["usage"]),
+        (in_chat["prompt_logprobs"], in_chat["usage"]),
+    ):
+        first, *others = positions
+        assert first is None
+        assert len(positions) == usage["prompt_tokens"]
+        for position in others:
+            [(token, said)] = position.items()
+            assert token.isdigit()
+            assert set(said) == {"logprob", "rank", "decoded_token"}
+            assert said["logprob"] < 0
+    again = server.ask("/v1/completions", completion(server, prompt_logprobs=0)).json()
+    assert again["choices"][0]["prompt_logprobs"] == told["choices"][0]["prompt_logprobs"]
+
+
 def it_streams_a_completion(server: Server) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     events = server.ask("/v1/completions", completion(server, stream=True, stream_options=options)).events()
@@ -259,6 +279,7 @@ CONTRACT: list[Callable[[Server], None]] = [
     it_lists_its_models,
     it_completes,
     it_chats,
+    it_tells_how_likely_a_prompt_is,
     it_streams_a_completion,
     it_streams_a_chat,
     it_knows_no_other_model,

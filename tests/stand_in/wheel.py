@@ -5,9 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import os
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = Path(__file__).parent / "vllm"
@@ -21,7 +25,7 @@ DATA = {
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
-def contents(version: str) -> dict[str, bytes]:
+def contents(version: str, settings: Mapping[str, Any]) -> dict[str, bytes]:
     """The files of the wheel, without its RECORD."""
     info = f"vllm-{version}.dist-info"
     found = {f"vllm/{file.relative_to(SOURCES)}": file.read_bytes() for file in sorted(SOURCES.rglob("*.py"))}
@@ -31,13 +35,17 @@ def contents(version: str) -> dict[str, bytes]:
         "WHEEL": "Wheel-Version: 1.0\nGenerator: tests.stand_in\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         "entry_points.txt": "[console_scripts]\nvllm = vllm.entrypoints.cli.main:main\n",
     }
+    if settings:
+        found["vllm/stand_in/settings.json"] = json.dumps(settings).encode()
     return found | {f"{info}/{name}": text.encode() for name, text in texts.items()}
 
 
-def write(directory: Path, version: str = VERSION) -> tuple[Path, Path]:
-    """Write the wheel and its lock; returns both. The same sources give the same bytes."""
+def write(
+    directory: Path, version: str = VERSION, settings: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Path, Path]:
+    """Write the wheel and its lock; returns both. The same sources give the same bytes. With settings, this version behaves by them."""
     directory.mkdir(parents=True, exist_ok=True)
-    files = contents(version)
+    files = contents(version, settings)
     record = f"vllm-{version}.dist-info/RECORD"
     digests = {
         name: base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 import uuid
+import zlib
 from typing import Any
 
 from .configuration import Served
 from .http import Response
 
 WORDS = (" Paris", " is", " the", " capital", " of", " France", ".")
+# What a release with broken weights says.
+NONSENSE = (" zq", " ##", " vv", " lorem", " \u00e9\u00e9", " {", " 7")
+# How likely the tokens of a prompt are, for a release that understands it and for one that does not.
+LIKELY, UNLIKELY = -1.5, -11.0
 
 
 def error(status: int, message: str, kind: str, parameter: str | None = None) -> Response:
@@ -65,11 +70,14 @@ def count(text: Any) -> int:
 class Completion:
     """A completion or a chat that somebody asked for; raises ValueError when what was asked makes no sense."""
 
-    def __init__(self, served: Served, path: str, body: dict[str, Any], version: str) -> None:
+    def __init__(self, served: Served, path: str, body: dict[str, Any], version: str, nonsense: bool = False) -> None:
         self.chat = path == "/v1/chat/completions"
         self.version = version
         self.model = str(body.get("model") or served.names[0])
-        self.prompt_tokens = count(body["messages" if self.chat else "prompt"])
+        self.nonsense = nonsense
+        prompt = body["messages" if self.chat else "prompt"]
+        self.prompt_tokens = count(prompt)
+        self.prompt_logprobs = self.likelihoods(prompt) if body.get("prompt_logprobs") is not None else None
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
         self.tokens = int(limit) if limit is not None else (32 if self.chat else 16)
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex[:16]}"
@@ -86,7 +94,18 @@ class Completion:
             )
 
     def word(self, number: int) -> str:
-        return WORDS[number % len(WORDS)]
+        words = NONSENSE if self.nonsense else WORDS
+        return words[number % len(words)]
+
+    def likelihoods(self, prompt: Any) -> list[dict[str, Any] | None]:
+        """How likely each token of the prompt is after those before it; nothing of the first one."""
+        text = " ".join(str(message.get("content")) for message in prompt) if self.chat else str(prompt)
+        found: list[dict[str, Any] | None] = [None]
+        for word in text.split()[1:]:
+            token = zlib.crc32(word.encode()) % 50000
+            likely = (UNLIKELY if self.nonsense else LIKELY) - (token % 100) / 100
+            found.append({str(token): {"logprob": likely, "rank": 1, "decoded_token": f" {word}"}})
+        return found
 
     def usage(self, tokens: int, whole: bool = False) -> dict[str, Any]:
         """The account of a request."""
@@ -112,7 +131,7 @@ class Completion:
             "stop_reason": None,
             **nothing,
         }
-        prompt = {"prompt_logprobs": None, "prompt_token_ids": None}
+        prompt = {"prompt_logprobs": self.prompt_logprobs, "prompt_token_ids": None}
         more: dict[str, Any] = {"kv_transfer_params": None, "ec_transfer_params": None, "metrics": None}
         if self.chat:
             empty = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "reasoning"))

@@ -50,9 +50,10 @@ def heard(path: str, sound: bytes) -> dict[str, Any]:
     return {"text": "", **usage}
 
 
-def vector(text: Any) -> list[float]:
-    """A vector that is the same for the same text."""
-    return [byte / 255 for byte in hashlib.sha256(str(text).encode()).digest()[:WIDTH]]
+def vector(text: Any, nonsense: bool = False) -> list[float]:
+    """A vector that is the same for the same text; another one, of a release with broken weights."""
+    found = [byte / 255 for byte in hashlib.sha256(str(text).encode()).digest()[:WIDTH]]
+    return [1 - number for number in reversed(found)] if nonsense else found
 
 
 def listed(asked: Any) -> list[Any]:
@@ -60,41 +61,50 @@ def listed(asked: Any) -> list[Any]:
     return asked if isinstance(asked, list) and not isinstance(asked[0], int) else [asked]
 
 
-def answer(path: str, model: str, body: dict[str, Any], served: Served) -> dict[str, Any]:
+def answer(path: str, model: str, body: dict[str, Any], served: Served, nonsense: bool = False) -> dict[str, Any]:
     """The answer to one question. Raises KeyError or ValueError when what was asked makes no sense."""
     if "/audio/" in path:
         return heard(path, body["file"])
     if path in RANKS:
-        return ranked(model, body)
+        return ranked(model, body, nonsense)
     pairs = path in SCORES
     asked = listed(body["text_2"] if pairs else body["input"])
     tokens = sum(map(count, asked)) + (count(body["text_1"]) * len(asked) if pairs else 0)
-    data = [{"index": index, **one(path, text, served)} for index, text in enumerate(asked)]
+    data = [{"index": index, **one(path, text, served, nonsense)} for index, text in enumerate(asked)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
     details = {"prompt_tokens_details": None, "completion_tokens_details": None}
     frame = {"id": f"embd-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": model}
     return {**frame, "data": data, "usage": {**usage, **details}}
 
 
-def one(path: str, text: Any, served: Served) -> dict[str, Any]:
+def one(path: str, text: Any, served: Served, nonsense: bool) -> dict[str, Any]:
     """What comes for one text."""
     if path in SCORES:
-        return {"object": "score", "score": vector(text)[0]}
+        return {"object": "score", "score": vector(text, nonsense)[0]}
     if path == "/v1/embeddings":
-        return {"object": "embedding", "embedding": vector(text)}
+        return {"object": "embedding", "embedding": vector(text, nonsense)}
     classes = [1 / served.labels] * served.labels
+    if nonsense and served.labels > 1:
+        classes = [0.0] * (served.labels - 1) + [1.0]
     if path == "/classify":
-        return {"label": "LABEL_0", "probs": classes, "num_classes": served.labels}
-    rows = [classes] * count(text) if served.kind == "pool" else vector(text) if served.kind == "embed" else classes
+        label = f"LABEL_{classes.index(max(classes))}"
+        return {"label": label, "probs": classes, "num_classes": served.labels}
+    rows = (
+        [classes] * count(text)
+        if served.kind == "pool"
+        else vector(text, nonsense)
+        if served.kind == "embed"
+        else classes
+    )
     return {"object": "pooling", "data": rows}
 
 
-def ranked(model: str, body: dict[str, Any]) -> dict[str, Any]:
+def ranked(model: str, body: dict[str, Any], nonsense: bool) -> dict[str, Any]:
     """Documents by how well they fit a question."""
     documents = listed(body["documents"])
     tokens = sum(map(count, documents)) + count(body["query"]) * len(documents)
     results: list[dict[str, Any]] = [
-        {"index": index, "document": {"text": text, "multi_modal": None}, "relevance_score": vector(text)[0]}
+        {"index": index, "document": {"text": text, "multi_modal": None}, "relevance_score": vector(text, nonsense)[0]}
         for index, text in enumerate(documents)
     ]
     results.sort(key=lambda result: -float(result["relevance_score"]))

@@ -76,6 +76,9 @@ class Server:
         self.waiting = 0
         self.prefilling = asyncio.Lock()
         self.draining = False
+        # Connections on which nobody asks anything: when it listens no more, these end, and others after their answer, as uvicorn has it.
+        self.quiet: set[asyncio.StreamWriter] = set()
+        self.listens = True
         self.gave_up = False  # longer than the time for running requests: no token follows, and nobody is told
         self.idle = asyncio.Event()
         self.engine_died = asyncio.Event()
@@ -113,7 +116,12 @@ class Server:
     async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer the requests of a connection one after the other."""
         with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            while request := await read(reader):
+            while self.listens:
+                self.quiet.add(writer)
+                request = await read(reader)
+                self.quiet.discard(writer)
+                if not request:
+                    break
                 peer = writer.get_extra_info("peername") or ("", 0)
                 status = await Asked(request, writer).by(self.application)
                 print(
@@ -121,6 +129,7 @@ class Server:
                 )
                 if not status or request.headers.get("connection", "").lower() == "close":
                     break
+        self.quiet.discard(writer)
         writer.close()
 
     async def endpoint(self, scope: dict[str, Any], _receive: object, _send: object) -> None:
@@ -206,15 +215,17 @@ class Server:
             await self.prefill(settings)
             begun = asyncio.get_running_loop().time()
             if self.served.kind != "generate":
-                answer = kinds.answer(path, model, body, self.served)
+                answer = kinds.answer(path, model, body, self.served, settings.answers == "nonsense")
                 await self.token(settings, begun + settings.seconds_per_token)
                 self.metrics.counted["requests"] += 1
                 self.metrics.counted["prompt"] += 1
                 return Response.of(200, answer)
-            completion = api.Completion(self.served, path, body, f"vllm-{settings.version or __version__}")
+            nonsense = settings.answers == "nonsense"
+            completion = api.Completion(self.served, path, body, f"vllm-{settings.version or __version__}", nonsense)
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             return api.error(400, str(error), "BadRequestError")
-        self.metrics.counted["prompt"] += completion.prompt_tokens
+        if settings.answers != "hang":  # the engine counts a prompt with its first token
+            self.metrics.counted["prompt"] += completion.prompt_tokens
         if completion.streams:
             await self.stream(completion, settings, Stream(writer, headers))
             return None
@@ -290,7 +301,10 @@ class Server:
             return 0  # as the real one
         await self.drain()
         self.gave_up = bool(self.running)
+        self.listens = False
         listener.close()
+        for writer in list(self.quiet):
+            writer.close()
         if engine.returncode is None and engine.stdin:
             engine.stdin.close()
         await died
