@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ansible_collections.gpufleet.llm.plugins.module_utils import (
+    host_agent,
     vllm_container,
     vllm_container_host,
     vllm_named_files,
     vllm_named_files_host,
+    vllm_shared_gpus,
 )
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read, write
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
@@ -29,6 +31,8 @@ HELD = "held"
 FILES = ("config.yaml", "environment", "gate.json", "inputs")
 RUNTIME = Path("/run/vllm")
 UNITS = Path("/etc/systemd/system")
+# Where the operator's word on each instance is kept.
+WORDS = Path("/var/lib/vllm-fleet")
 
 
 class Deployed:
@@ -66,9 +70,37 @@ class Deployed:
             return ""
         return " ".join(text.split()) or "nobody said why"
 
+    def word(self) -> dict[str, str]:
+        """The operator's word on it."""
+        try:
+            return host_agent.word((WORDS / f"{self.name}.json").read_text(encoding="utf-8", errors="replace"))
+        except FileNotFoundError:
+            return host_agent.word(None)
+        except OSError:
+            return host_agent.word("")
+
+    def idle(self) -> bool:
+        """Whether a person stopped it: then it need not run, nor have answered."""
+        return self.word()["operator"] == host_agent.STOPPED
+
     def confirmed(self) -> list[int]:
         """Numbers of the generations that answered, oldest first."""
         return [number for number in self.numbers() if (self.path / str(number) / CONFIRMED).exists()]
+
+    def confirm(self, number: int, seconds: float | None) -> bool:
+        """Mark a generation as one that answered, and after how long; whether that is news."""
+        mark = self.path / str(number) / CONFIRMED
+        if mark.exists():
+            return False
+        write(mark, "" if seconds is None else f"{seconds:.1f}\n", 0o644)
+        return True
+
+    def start_seconds(self, number: int | None) -> float | None:
+        """The seconds that a generation took to answer; nothing where nobody wrote them down."""
+        try:
+            return None if number is None else float(read(self.path / str(number) / CONFIRMED))
+        except ValueError:
+            return None
 
     def content(self, number: int | None) -> dict[str, str]:
         """What makes a generation: its files, and the release it links to."""
@@ -208,11 +240,12 @@ class Deployed:
                 self.remove(number)
 
     def erase(self) -> None:
-        """Remove all that there is of an instance which is stopped: its generations, its directory and a unit of its own."""
+        """Remove all that there is of an instance which is stopped: its generations, its directory, a unit of its own, and what operators said of it."""
         for number in self.numbers():
             self.remove(number)
         shutil.rmtree(self.path, ignore_errors=True)
         (UNITS / self.unit).unlink(missing_ok=True)
+        (WORDS / f"{self.name}.json").unlink(missing_ok=True)
         self.module.run_command(["systemctl", "daemon-reload"])
 
     def images(self) -> set[str]:
@@ -282,6 +315,21 @@ def gate_of(text: str) -> dict[str, Any]:
     return {key: value for key, value in json.loads(text).items() if key in ("name", "unit", "url", "model")}
 
 
+def described(content: dict[str, str]) -> dict[str, Any]:
+    """What a generation runs, and where; of one that is not there, nothing."""
+    if not content:
+        return {"runtime": "", "runs": "", "port": None, "gpus": [], "gate": {}}
+    options = dict(line.split(": ", 1) for line in content["config.yaml"].splitlines())
+    compose = content.get(vllm_container.COMPOSE)
+    return {
+        "runtime": "docker" if compose else "systemd",
+        "runs": vllm_container.image_of(compose) if compose else content["release"],
+        "port": json.loads(options["port"]) if "port" in options else None,
+        "gpus": vllm_shared_gpus.gpus_of(content),
+        "gate": gate_of(content["gate.json"]),
+    }
+
+
 def pending(instance: Deployed, content: dict[str, str]) -> bool:
     """Whether the instance is to be changed: nobody holds it, and it does not run a confirmed generation with this content, under a unit of its
     runtime.
@@ -290,14 +338,16 @@ def pending(instance: Deployed, content: dict[str, str]) -> bool:
 
 
 def differs(instance: Deployed, content: dict[str, str], running: int | None) -> bool:
-    """Whether the instance, of which generation `running` runs, does not run a confirmed one with this content, under a unit of its runtime."""
+    """Whether the instance, of which generation `running` runs, does not run a confirmed one with this content, under a unit of its runtime.
+
+    One that a person stopped is to have the content; whether that answers is seen when it is started.
+    """
     current = instance.current()
     # How it is asked follows from the rest, and is no reason for a restart.
     known = {**instance.content(current), "gate.json": content["gate.json"]}
     return (
         known != content
-        or current not in instance.confirmed()
-        or running != current
+        or (not instance.idle() and (current not in instance.confirmed() or running != current))
         or (UNITS / instance.unit).exists() != (COMPOSE in content)
     )
 

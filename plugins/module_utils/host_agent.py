@@ -11,9 +11,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 UP, DRAINED, STOPPED = WORDS = ("up", "drained", "stopped")
+# What the operator's word is made of. `turn` names the act of a playbook whose word it is; without it, it is a person's. `force` is "yes" where
+# gateways let the instance go although a route falls below its minimum.
+FIELDS = ("operator", "by", "since", "reason", "turn", "force")
 # A gateway asks every second; one that was not heard for so long is gone, and nothing waits for it.
 HEARD_SECONDS = 10.0
 
@@ -104,8 +108,11 @@ def statement(body: bytes, peer: str, instances: Iterable[str]) -> dict[str, Any
     if said.get("gateway") != peer:
         raise RefusedError(403, f"the certificate is that of {peer}, the body that of {said.get('gateway')!r}")
     out, kept, running = said.get("out", []), said.get("kept", {}), said.get("in_flight", {})
-    if not (isinstance(out, list) and isinstance(kept, dict) and isinstance(running, dict)):
-        raise RefusedError(400, "out is a list, kept and in_flight are objects")
+    unrouted = said.get("unrouted", [])  # a gateway of an earlier release does not say it
+    if not all(
+        isinstance(value, kind) for value, kind in ((out, list), (kept, dict), (running, dict), (unrouted, list))
+    ):
+        raise RefusedError(400, "out and unrouted are lists, kept and in_flight are objects")
     here = list(instances)
     counts = {name: running[name] for name in here if name in running}
     if not all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts.values()):
@@ -114,31 +121,34 @@ def statement(body: bytes, peer: str, instances: Iterable[str]) -> dict[str, Any
         "out": [name for name in here if name in out],
         "kept": {name: str(kept[name])[:200] for name in here if name in kept},
         "in_flight": counts,
+        "unrouted": [name for name in here if name in unrouted],
     }
 
 
 def word(text: str | None) -> dict[str, str]:
     """The operator's word from its file. Without a file an instance is up; one that cannot be read was about to keep it out."""
+    nothing = dict.fromkeys(FIELDS, "")
     if text is None:
-        return {"operator": UP, "by": "", "since": "", "reason": ""}
+        return {**nothing, "operator": UP}
     try:
         said = json.loads(text)
-        found = {name: str(said.get(name) or "") for name in ("operator", "by", "since", "reason")}
+        found = {name: str(said.get(name) or "") for name in FIELDS}
     except (ValueError, AttributeError):
         found = {}
     if found.get("operator") in WORDS:
         return found
-    return {"operator": DRAINED, "by": "", "since": "", "reason": "the file of the operator's word cannot be read"}
+    return {**nothing, "operator": DRAINED, "reason": "the file of the operator's word cannot be read"}
 
 
-def spoken(operator: str, by: str, since: str, reason: str) -> str:
+def spoken(operator: str, by: str, since: str, reason: str, turn: str = "", force: str = "") -> str:
     """The file of the operator's word."""
-    return json.dumps({"operator": operator, "by": by, "since": since, "reason": reason}) + "\n"
+    said = {"operator": operator, "by": by, "since": since, "reason": reason}
+    return json.dumps(said | ({"turn": turn} if turn else {}) | ({"force": force} if force else {})) + "\n"
 
 
 def wants_out(instance: Mapping[str, Any]) -> bool:
     """Whether gateways are asked to send nothing more to an instance, by what the answer to POST /state says of it."""
-    return bool(instance["leaving"]) or instance["operator"] != UP
+    return bool(instance["leaving"]) or instance["operator"] != UP or bool(instance.get("sick"))
 
 
 # --- leaving
@@ -169,6 +179,19 @@ def awaited(
     return reasons
 
 
+def unused(instance: str, heard: Mapping[str, Mapping[str, Any]], now: float) -> dict[str, str]:
+    """The gateways that do not use an instance that nobody wants out any more, and why; those that have no route for it do not count."""
+    reasons = {}
+    for gateway, said in sorted(heard.items()):
+        if now - said["time"] > HEARD_SECONDS or instance in said.get("unrouted", []):
+            continue
+        if instance in said["told"]:
+            reasons[gateway] = "was told last that its host wants it out"
+        elif instance in said["out"]:
+            reasons[gateway] = "does not use it yet: its check has not passed"
+    return reasons
+
+
 def standing(instance: str, heard: Mapping[str, Mapping[str, Any]], now: float) -> dict[str, str]:
     """Each gateway with what it does with an instance, in words for an operator."""
     told = {}
@@ -188,6 +211,20 @@ def standing(instance: str, heard: Mapping[str, Mapping[str, Any]], now: float) 
 
 
 # --- metrics
+
+
+def silenced(text: str | None) -> str:
+    """The metric of the silence that a turn opened for this host; nothing where there is none. `until` is in seconds of the epoch, or as ISO 8601."""
+    try:
+        until = json.loads(text or "null")["until"]
+        if isinstance(until, str):
+            until = datetime.fromisoformat(until.replace("Z", "+00:00")).timestamp()
+        seconds = float(until)
+    except (ValueError, TypeError, KeyError):
+        return ""
+    name = "vllm_fleet_silenced_until_timestamp_seconds"
+    about = "Until when a turn asks monitoring to be silent about this host."
+    return f"# HELP {name} {about}\n# TYPE {name} gauge\n{name} {seconds:.0f}\n"
 
 
 def content(answer: bytes) -> str:

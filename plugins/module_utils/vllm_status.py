@@ -55,17 +55,39 @@ def lines(instances: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in rows]
 
 
-def revert_problem(instances: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Why an instance cannot go back to the generation before its current one; nothing when it can."""
+def revert_plan(instances: Sequence[Mapping[str, Any]], names: Sequence[str], generation: int = 0) -> dict[str, Any]:
+    """Where instances go back to, the generation before their current one that answered or a named one, and why one cannot."""
+    problems = [problem for name in names if (problem := revert_problem(instances, name, generation))]
+    found = [instance for instance in instances if instance["name"] in names] if not problems else []
+    return {
+        "problems": problems,
+        "go_to": {instance["name"]: generation or instance["previous"] for instance in found},
+        "come_from": {instance["name"]: instance["current"] for instance in found},
+        "idle": [instance["name"] for instance in found if instance["word"]["operator"] == "stopped"],
+    }
+
+
+def revert_problem(instances: Sequence[Mapping[str, Any]], name: str, generation: int = 0) -> str:
+    """Why an instance cannot go back to a generation, the one before its current one without a number; nothing when it can."""
     found = [instance for instance in instances if instance["name"] == name]
     if not found:
-        names = ", ".join(instance["name"] for instance in instances)
-        return f"there is no vLLM instance {name!r} here; " + (f"there is {names}" if names else "there is none at all")
+        others = ", ".join(instance["name"] for instance in instances)
+        return f"there is no vLLM instance {name!r} here; " + (
+            f"there is {others}" if others else "there is none at all"
+        )
     [instance] = found
     if instance["held"]:
-        return f"vLLM instance {name} is held: {instance['held']}. Without {instance['path']}/held it can be changed"
+        return f"vLLM instance {name} is held: {instance['held']}. playbooks/unhold.yml -e fleet_instance={name} lets it be changed"
     if instance["current"] is None:
         return f"vLLM instance {name} has no generation that runs, so there is none before it"
-    if instance["previous"] is None:
+    if generation and generation == instance["current"]:
+        return f"vLLM instance {name} runs generation {generation} already"
+    if generation and generation not in instance["confirmed"]:
+        answered = [number for number in instance["confirmed"] if number != instance["current"]]
+        return (
+            f"vLLM instance {name} has no generation {generation} that ever answered; there {'are' if len(answered) != 1 else 'is'} "
+            + (", ".join(map(str, answered)) or "none")
+        )
+    if not generation and instance["previous"] is None:
         return f"vLLM instance {name} has no generation before {instance['current']} that ever answered"
     return ""

@@ -96,7 +96,7 @@ def test_who_may_ask_what(method: str, path: str, peer: str, status: int) -> Non
 def test_a_gateway_speaks_of_instances_that_are_here() -> None:
     body = {"gateway": "gw-1", "out": ["chat", "elsewhere"], "kept": {"embed": "x" * 999}, "in_flight": {"chat": 3, "elsewhere": 1}}  # fmt: skip
     said = host_agent.statement(json.dumps(body).encode(), "gw-1", ["chat", "embed"])
-    assert said == {"out": ["chat"], "kept": {"embed": "x" * 200}, "in_flight": {"chat": 3}}
+    assert said == {"out": ["chat"], "kept": {"embed": "x" * 200}, "in_flight": {"chat": 3}, "unrouted": []}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_gateway_speaks_of_instances_that_are_here() -> None:
     [
         (b"", 400), (b"[]", 400), (b"{", 400), (b"{}", 403), (b'{"gateway": "gw-2"}', 403), (b"\xff", 400),
         (b'{"gateway": "gw-1", "out": "chat"}', 400), (b'{"gateway": "gw-1", "in_flight": {"chat": -1}}', 400),
-        (b'{"gateway": "gw-1", "in_flight": {"chat": true}}', 400), (b'{"gateway": "gw-1", "kept": []}', 400),
+        (b'{"gateway": "gw-1", "in_flight": {"chat": true}}', 400), (b'{"gateway": "gw-1", "kept": []}', 400), (b'{"gateway": "gw-1", "unrouted": {}}', 400),
     ],
 )  # fmt: skip
 def test_a_gateway_that_says_nonsense_is_refused(body: bytes, status: int) -> None:
@@ -116,7 +116,8 @@ def test_a_gateway_that_says_nonsense_is_refused(body: bytes, status: int) -> No
 def test_the_word_of_an_operator() -> None:
     assert host_agent.word(None)["operator"] == "up"
     said = host_agent.spoken("drained", "ada", "2026-11-30T00:00:00Z", "new fan")
-    assert host_agent.word(said) == {"operator": "drained", "by": "ada", "since": "2026-11-30T00:00:00Z", "reason": "new fan"}  # fmt: skip
+    drained = {"operator": "drained", "by": "ada", "since": "2026-11-30T00:00:00Z", "reason": "new fan"}
+    assert host_agent.word(said) == {**drained, "turn": "", "force": ""}
     for broken in ("", "{", "[]", "null", '{"operator": "sideways"}', '{"operator": null}'):
         assert host_agent.word(broken)["operator"] == "drained"
         assert "cannot be read" in host_agent.word(broken)["reason"]
@@ -231,9 +232,11 @@ class Running:
         self.directory, self.authority = directory, Authority()
         self.files = self.load("agent_files", monkeypatch)
         self.module = self.load("agent", monkeypatch)
-        for name in ("WORDS", "LEAVING", "HEARD"):
+        for name in ("WORDS", "LEAVING", "HEARD", "SICK"):
             monkeypatch.setattr(self.files, name, directory / name.lower())
             (directory / name.lower()).mkdir()
+        for name in ("METRICS", "SILENCE"):
+            monkeypatch.setattr(self.files, name, directory / f"{name.lower()}.txt")
         self.certify()
         self.port = 0
 
@@ -324,12 +327,69 @@ def test_a_gateway_asks_again_and_again_in_one_connection(running: Running) -> N
             assert answer["host"] == "gpu-1"
             chat = answer["instances"]["chat"]
             assert chat.pop("unit")
-            assert chat == {"operator": "drained", "by": "ada", "since": "now", "reason": "fan", "leaving": False}
+            assert chat == {
+                "operator": "drained",
+                "by": "ada",
+                "since": "now",
+                "reason": "fan",
+                "turn": "",
+                "force": "",
+                "leaving": False,
+            }
             assert answer["instances"]["embed"]["leaving"] is True
             assert abs(answer["instances"]["embed"]["asked"] - time.time()) < 60
             heard = running.files.heard()["gw-1"]
             assert time.monotonic() - heard.pop("time") < 2
-            assert heard == {"out": ["chat"], "kept": {}, "in_flight": {"chat": 3}, "told": told}
+            assert heard == {"out": ["chat"], "kept": {}, "in_flight": {"chat": 3}, "unrouted": [], "told": told}
+
+
+def test_a_gateway_hears_of_an_instance_whose_gpu_is_sick(running: Running) -> None:
+    """A word of the host beside the operator's, since the first of both wishes."""
+    (running.files.SICK / "chat").write_text("GPU 1 needs a reset")
+    os.utime(running.files.SICK / "chat", (1000, 1000))
+    (running.files.LEAVING / "chat").touch()
+    (running.files.SICK / "embed").write_text("")
+    with running.runs({"chat": 1, "embed": 2}):
+        told = running.ask()["instances"]
+        assert {name: told["chat"][name] for name in ("operator", "leaving", "sick", "asked")} == {
+            "operator": "up", "leaving": True, "sick": "GPU 1 needs a reset", "asked": 1000.0,
+        }  # fmt: skip
+        assert not {"sick", "asked"} & set(told["embed"])
+        (running.files.LEAVING / "chat").unlink()
+        running.ask()
+        running.ask()
+        assert running.files.heard()["gw-1"]["told"] == ["chat"], "that it is sick is a wish as any other"
+        (running.files.SICK / "chat").unlink()
+        assert "sick" not in running.ask()["instances"]["chat"]
+
+
+def test_the_metrics_of_the_host_come_with_those_of_its_instances(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def metrics() -> str:
+        connection = running.connection("watch")
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read().decode()
+
+    with running.runs({"dead": 1}):
+        assert metrics().endswith('vllm_fleet_instance_up{instance_name="dead"} 0\n')
+        running.files.METRICS.write_text("vllm_fleet_findings 3\n")
+        running.files.SILENCE.write_text(json.dumps({"until": "2026-11-30T14:00:00Z"}))
+        assert "vllm_fleet_findings 3\n# HELP vllm_fleet_silenced" in metrics()
+        monkeypatch.setattr(running.files, "METRICS", running.directory)  # cannot be read
+        assert 'vllm_fleet_instance_up{instance_name="dead"} 0' in metrics()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (None, None), ("", None), ("[]", None), ("{}", None), ('{"until": null}', None), ('{"until": "soon"}', None), ('{"until": []}', None),
+        ('{"until": "2026-11-30T14:00:00Z"}', 1796047200), ('{"until": "2026-11-30T15:00:00+01:00"}', 1796047200), ('{"until": 12.7}', 13),
+    ],
+)  # fmt: skip
+def test_the_silence_of_a_turn(text: str | None, value: int | None) -> None:
+    lines = host_agent.silenced(text).splitlines()
+    assert lines[2:] == ([] if value is None else [f"vllm_fleet_silenced_until_timestamp_seconds {value}"])
 
 
 def test_a_file_that_the_agent_cannot_read_is_told(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
