@@ -34,6 +34,14 @@ def host_agent_configuration(
         raise AnsibleFilterError(str(error)) from None
 
 
+def host_agent_watched(hostvars: fleet.HostVars, host: str, gateways: Sequence[str]) -> dict[str, Any]:
+    """What the watch of a host knows."""
+    try:
+        return host_identity.watched(hostvars, host, gateways)
+    except fleet.FleetError as error:
+        raise AnsibleFilterError(str(error)) from None
+
+
 def host_agent_problems(hostvars: fleet.HostVars, host: str, gateways: Sequence[str]) -> list[str]:
     """Why a host cannot have an agent."""
     return host_identity.agent_problems(hostvars, host, gateways)
@@ -50,6 +58,7 @@ class FilterModule:
                 host_certificate_names,
                 host_certificate_problems,
                 host_agent_configuration,
+                host_agent_watched,
                 host_agent_problems,
             )
         }

@@ -22,6 +22,8 @@ GOOD = "good"
 WORKING = "working"
 REFUSED = "refused"
 FAILED = "failed"
+# Nobody takes the connection.
+SILENT = "silent"
 HUNG = "hung"
 # 503: it has more requests than it takes. Whether it works on them is another question.
 BUSY = "busy"
@@ -199,15 +201,24 @@ class Wish:
     reason: str = ""
     # Since when it wants to leave.
     asked: float = 0.0
+    # What its host has found about the GPU that it uses; the operator's word says more, where there is one.
+    sick: str = ""
+    # Whether an operator lets it go below the minimum of a route.
+    force: bool = False
 
     @classmethod
     def of(cls, told: Mapping[str, Any], before: Wish, now: float) -> Wish:
         """From an answer of the host's agent. Since when, it says itself, so that all gateways let the same one go first."""
         operator = str(told.get("operator") or "up")
-        wish = cls(operator, bool(told.get("leaving")), str(told.get("by") or ""), str(told.get("reason") or ""))
+        by, reason, sick = (str(told.get(name) or "") for name in ("by", "reason", "sick"))
+        force = operator != "up" and bool(told.get("force"))
+        wish = cls(operator, bool(told.get("leaving")), by, reason, sick=sick, force=force)
         if not wish.wants_out:
             return wish
-        asked = [told.get("asked") if wish.leaving else None, moment(told.get("since")) if operator != "up" else None]
+        asked = [
+            told.get("asked") if wish.leaving or sick else None,
+            moment(told.get("since")) if operator != "up" else None,
+        ]
         times = [float(time) for time in asked if isinstance(time, int | float)]
         return replace(wish, asked=min(times, default=before.asked if before.wants_out else now))
 
@@ -223,13 +234,13 @@ class Wish:
     @property
     def wants_out(self) -> bool:
         """Whether it is to get no more requests, if that can be."""
-        return self.leaving or self.operator != "up"
+        return self.leaving or self.operator != "up" or bool(self.sick)
 
     @property
     def words(self) -> str:
         """For a person."""
         if self.operator == "up":
-            return "its host is about to stop it"
+            return "its host is about to stop it" if self.leaving else one_line(f"its host wants it out: {self.sick}")
         who = f"{self.operator} by {self.by}" if self.by else f"{self.operator} by an operator"
         return one_line(f"{who}: {self.reason}" if self.reason else who)
 
@@ -274,11 +285,16 @@ def decide(
 ) -> dict[str, Use]:
     """Which backends are used now.
 
-    The minimum of a route keeps who is used and answers from leaving. It brings nobody in: who was let go may be gone in the next moment.
+    The minimum of a route keeps who is used and answers from leaving, unless an operator forces it. It brings nobody in: who was let go may be gone
+    in the next moment.
     """
     wish = {name: wishes.get(name, Wish()) for name in checks}
     answers = {name for name, check in checks.items() if check.result == "ok"}
-    asked = [name for name in answers if wish[name].wants_out and name in before and before[name].use]
+    asked = [
+        name
+        for name in answers
+        if wish[name].wants_out and not wish[name].force and name in before and before[name].use
+    ]
     available = {name for name in answers if not wish[name].wants_out} | set(asked)
     keeps: dict[str, Route] = {}
     for name in sorted(asked, key=lambda name: (wish[name].asked, name)):
@@ -364,6 +380,7 @@ def told(
         "kept": {name: uses[id_].why for name, id_ in here.items() if id_ in uses and uses[id_].kept},
         # what this gateway has no backend for any more may still have requests in old workers of Nginx
         "in_flight": {name: in_flight.get(f"{name}@{host}", 0) for name in sorted({*here, *theirs})},
+        "unrouted": sorted(set(theirs) - set(here)),
     }
 
 

@@ -22,6 +22,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.gateway_checks import
     GOOD,
     HUNG,
     REFUSED,
+    SILENT,
     WORKING,
     Answer,
     Backend,
@@ -197,7 +198,7 @@ def unreachable(error: Exception, seconds: float) -> Answer:
     if isinstance(error, ConnectionRefusedError):
         return Answer(REFUSED, "it refuses connections")
     if isinstance(error, asyncio.TimeoutError):
-        return Answer(FAILED, f"no connection within {seconds:g} s")
+        return Answer(SILENT, f"no connection within {seconds:g} s")
     if isinstance(error, AnswerError):
         return Answer(FAILED, str(error))
     return Answer(FAILED, one_line(getattr(error, "strerror", "") or error or type(error).__name__))

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ansible_collections.gpufleet.llm.plugins.module_utils import fleet
+from ansible_collections.gpufleet.llm.plugins.module_utils import fleet, vllm
 
 # The common name of a certificate has 64 characters at most, and it is the name of a file, too.
 COMMON_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -63,6 +63,17 @@ def agent(hostvars: fleet.HostVars, host: str, gateways: Sequence[str], monitori
             for instance in instances
         },
     }
+
+
+def watched(hostvars: fleet.HostVars, host: str, gateways: Sequence[str]) -> dict[str, Any]:
+    """What the watch of a host knows: its instances, what each is asked for, and its GPUs."""
+    known = agent(hostvars, host, gateways, [])
+    found = {}
+    for entry in hostvars[host].get("vllm_instances") or []:
+        name = str(entry.get("name"))
+        model = str(vllm.served_names(entry)[0])
+        found[name] = {**known["instances"][name], "model": model, "gpus": list(entry.get("gpus") or [])}
+    return {"host": host, "instances": found}
 
 
 def agent_problems(hostvars: fleet.HostVars, host: str, gateways: Sequence[str]) -> list[str]:

@@ -112,18 +112,22 @@ ON_A_HOST = """
 import runpy, sys
 from pathlib import Path
 directory, program, *words = sys.argv[1:]
-sys.path[:0] = [str(Path(program).parent), {modules!r}]
-import agent_files
-for name in ("CONFIGURATION", "WORDS", "LEAVING", "HEARD"):
-    setattr(agent_files, name, Path(directory + str(getattr(agent_files, name))))
+sys.path[:0] = [str(Path(program).parent), {modules!r}, {collections!r}]
+import agent_files, asyncio, importlib
+def below(module):
+    for name, value in vars(module).items():
+        if isinstance(value, Path):
+            setattr(module, name, Path(directory + str(value)))
+    return module
+below(agent_files)
 sys.argv = [program, *words]
-if program.endswith("agent.py"):
-    import agent, asyncio
-    agent.CERTIFICATES = Path(directory + str(agent.CERTIFICATES))
-    asyncio.run(agent.main())
+if program.endswith(("agent.py", "watch.py")):
+    asyncio.run(below(importlib.import_module(Path(program).stem)).main())
+elif program.endswith("heal.py"):
+    below(importlib.import_module("heal")).main()
 else:
     runpy.run_path(program, run_name="__main__")
-""".format(modules=str(ROOT / "plugins/module_utils"))
+""".format(modules=str(ROOT / "plugins/module_utils"), collections=str(ROOT / ".collections"))
 
 
 @dataclass
@@ -137,7 +141,7 @@ class Host:
     def start(self, authority: Authority, instance: str, instance_port: int, kept_seconds: float = 60) -> None:
         """Start the agent for one instance."""
         for name in ("etc/vllm-fleet", "etc/ssl/vllm-fleet/fleet", "var/lib/vllm-fleet", "run/vllm-fleet/agent"):
-            (self.directory / name).mkdir(parents=True)
+            (self.directory / name).mkdir(parents=True, exist_ok=True)
         certificates = zip(("cert", "key", "ca"), (*authority.sign(self.directory.name), authority.pem), strict=True)
         for name, text in certificates:
             (self.directory / f"etc/ssl/vllm-fleet/fleet/{name}.pem").write_text(text)

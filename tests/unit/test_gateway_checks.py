@@ -15,6 +15,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.gateway_checks import
     GOOD,
     HUNG,
     REFUSED,
+    SILENT,
     WORKING,
     Answer,
     Check,
@@ -130,7 +131,7 @@ def test_what_is_written_down_is_remembered() -> None:
     assert Check.remembered(OUT.written()) == OUT
     for damaged in ({}, {"check": "new"}, {"check": 5}):
         assert Check.remembered(damaged) == NEW
-    wish = Wish("drained", False, "alice", "disk", 7.0)
+    wish = Wish("drained", False, "alice", "disk", 7.0, force=True)
     assert Wish.remembered(wish.written()) == wish
     assert Wish.remembered({}) == UP
 
@@ -217,6 +218,8 @@ def of(uses: dict[str, Use]) -> dict[str, str]:
             (A, B, C),
             "out kept kept",
         ),
+        # unless an operator forces it; who is forced out does not count for the others
+        ((OK, OK, OK), (leaving(3), Wish("drained", asked=9.0, force=True), UP), (A, B, C), "kept out used"),
         # one that failed counts for nothing: nobody else may go
         ((OK, OK, OUT), (leaving(5), UP, UP), (A, B, C), "kept used out"),
         # who was let go stays out, whatever becomes of the others: it may be gone in the next moment
@@ -235,6 +238,13 @@ def test_who_is_used(
         [ROUTE], dict(zip(names, checks, strict=True)), dict(zip(names, wishes, strict=True)), used(*before), 9.0
     )
     assert " ".join(of(uses).values()) == expected
+
+
+def test_a_forced_drain_is_heard() -> None:
+    told = {"operator": "drained", "force": "yes", "since": "2026-11-30T00:00:00Z"}
+    assert Wish.of(told, UP, 9.0).force
+    assert not Wish.of({**told, "force": ""}, UP, 9.0).force
+    assert not Wish.of({**told, "operator": "up"}, UP, 9.0).force
 
 
 def test_a_backend_of_several_routes_goes_when_all_of_them_allow_it() -> None:
@@ -256,6 +266,27 @@ def test_since_stays_where_nothing_changes() -> None:
     two = decide([ROUTE], {A: OK, B: OK, C: OK}, {C: leaving(2)}, one, 20.0)
     assert (two[A].since, two[B].since) == (1.0, 20.0)
     assert of(two) == {"a": "used", "b": "used", "c": "out"}, "now it may go"
+
+
+def test_a_host_wants_an_instance_out_whose_gpu_is_sick_and_leaves_the_operators_word_alone() -> None:
+    told = {"operator": "up", "leaving": False, "sick": "GPU 1 needs\na reset", "asked": 40.0}
+    wish = Wish.of(told, UP, 60.0)
+    assert wish.wants_out
+    assert (wish.words, wish.asked, wish.operator) == ("its host wants it out: GPU 1 needs a reset", 40.0, "up")
+    assert Wish.remembered(wish.written()) == wish
+    spoken = {**told, "operator": "drained", "by": "ada", "reason": "new fan", "since": "1970-01-01T00:00:50Z"}
+    assert (Wish.of(spoken, UP, 60.0).words, Wish.of(spoken, UP, 60.0).asked) == ("drained by ada: new fan", 40.0)
+    assert Wish.of({**told, "leaving": True}, UP, 60.0).words == "its host is about to stop it"
+    assert not Wish.of({**told, "sick": ""}, wish, 70.0).wants_out, "it is well again"
+    assert not wish.force
+
+
+def test_an_engine_of_which_nobody_takes_connections_fails_as_one_that_answers_wrongly() -> None:
+    check = Check("ok")
+    for _ in range(3):
+        assert check.result == "ok"
+        check = check.after(Answer(SILENT, "no connection within 3 s"), 1.0)
+    assert (check.result, check.why) == ("failed", "no connection within 3 s")
 
 
 def test_the_words_of_a_wish() -> None:
@@ -306,7 +337,13 @@ def test_an_agent_is_told_what_is_out_once_nginx_knows() -> None:
     fleet = Fleet.read(fleet_text(), KEY)
     uses = decide(fleet.routes, {A: OK, B: OK}, {A: leaving(1)}, used(A, B), 9.0)
     told = gateway_checks.told(fleet, "a", uses, set(), {A: 3, "other@a": 1}, ["chat", "other"])
-    assert told == {"gateway": "gw-1", "out": ["other"], "kept": {}, "in_flight": {"chat": 3, "other": 1}}
+    assert told == {
+        "gateway": "gw-1",
+        "out": ["other"],
+        "kept": {},
+        "in_flight": {"chat": 3, "other": 1},
+        "unrouted": ["other"],
+    }
     assert gateway_checks.told(fleet, "a", uses, {A}, {}, ["chat"])["out"] == ["chat"]
     kept = decide([Route("one", (A, B), 2)], {A: OK, B: OK}, {A: leaving(1)}, used(A, B), 9.0)
     assert "needs at least 2" in gateway_checks.told(fleet, "a", kept, set(), {}, ["chat"])["kept"]["chat"]

@@ -52,6 +52,21 @@ def test_what_an_agent_knows() -> None:
     assert (known["address"], known["port"], known["instances"]["chat"]["address"]) == ("10.0.0.11", 9550, "127.0.0.1")
 
 
+def test_what_a_watch_knows() -> None:
+    more = [
+        {"name": "chat", "port": 8001, "model": "small", "gpus": [0, 1]},
+        {"name": "embed", "port": 8002, "model": "e5", "options": {"served-model-name": ["embedder", "e5"]}},
+    ]
+    known = host_identity.watched({**HOSTS, "GPU_2": {**HOSTS["GPU_2"], "vllm_instances": more}}, "GPU_2", ["gw"])
+    assert known == {
+        "host": "GPU_2",
+        "instances": {
+            "chat": {"address": "fd00::2", "port": 8001, "model": "small", "gpus": [0, 1]},
+            "embed": {"address": "fd00::2", "port": 8002, "model": "embedder", "gpus": []},
+        },
+    }
+
+
 def test_gateways_ask_where_the_agent_listens() -> None:
     for host in ("gpu-1", "GPU_2", "alone"):
         gateways = ["alone"] if host == "alone" else ["gw"]

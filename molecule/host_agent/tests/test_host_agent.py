@@ -7,85 +7,15 @@ import json
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from testinfra.host import Host
 
 from tests.certificates import Authority
+from tests.host_agent import PORT, Gateway, connection, obeys
 from tests.network import address_of
 from tests.roles import applied, changed, host_name, refused, until
-
-PORT = 9440
-Answers = Callable[[dict[str, Any]], dict[str, Any]]
-
-
-@pytest.fixture(scope="session")
-def authority() -> Authority:
-    """The authority of the fleet, which one of the hosts has."""
-    import testinfra
-
-    there = (
-        testinfra.get_host("docker://host-agent-debian12").file("/etc/ssl/vllm-fleet/authority/ca.pem").content_string
-    )
-    key = testinfra.get_host("docker://host-agent-debian12").file("/etc/ssl/vllm-fleet/authority/ca.key").content_string
-    return Authority(there, key)
-
-
-def connection(host: Host, directory: Path, authority: Authority, name: str | None) -> http.client.HTTPSConnection:
-    """A connection of a peer of this name, or of one without a certificate."""
-    context = ssl.create_default_context(cadata=authority.pem)
-    if name is not None:
-        for text, file in zip(authority.sign(name), ("peer.pem", "peer.key"), strict=True):
-            (directory / file).write_text(text)
-        context.load_cert_chain(directory / "peer.pem", directory / "peer.key")
-    return http.client.HTTPSConnection(address_of(host), PORT, context=context, timeout=15)
-
-
-class Gateway(threading.Thread):
-    """A gateway that asks as the real one does, and says what the test wants it to."""
-
-    def __init__(self, peer: http.client.HTTPSConnection, name: str) -> None:
-        super().__init__(daemon=True)
-        self.peer, self.name_of_it = peer, name
-        self.says: Answers = lambda _instances: {}
-        self.told: dict[str, Any] = {}
-        self.ends = threading.Event()
-
-    def run(self) -> None:
-        while not self.ends.wait(0.2):
-            self.peer.request("POST", "/state", json.dumps({"gateway": self.name_of_it, **self.says(self.told)}))
-            self.told = json.loads(self.peer.getresponse().read())["instances"]
-
-    def end(self) -> None:
-        self.ends.set()
-        self.join(5)
-        self.peer.close()
-
-
-@pytest.fixture
-def gateway(host: Host, tmp_path: Path, authority: Authority) -> Iterator[Gateway]:
-    """The gateway gw-1, which does at once what it is told."""
-    found = Gateway(connection(host, tmp_path, authority, "gw-1"), "gw-1")
-    found.says = obeys()
-    found.start()
-    until(lambda: found.told, 5, "the agent does not answer")
-    yield found
-    found.end()
-    host.run("rm -f /run/vllm-fleet/agent/*.json /var/lib/vllm-fleet/chat.json")
-    host.check_output("systemctl start vllm@chat vllm@embed")
-
-
-def obeys(running: int = 0) -> Answers:
-    """Takes out what wants out, and has so many requests running there."""
-
-    def says(instances: dict[str, Any]) -> dict[str, Any]:
-        out = [name for name, state in instances.items() if state["leaving"] or state["operator"] != "up"]
-        return {"out": out, "in_flight": dict.fromkeys(instances, running)}
-
-    return says
 
 
 def stopped_in(host: Host, command: str = "systemctl stop vllm@chat") -> float:
@@ -194,7 +124,7 @@ def test_the_operators_word_outlives_a_run_and_the_agent(host: Host, gateway: Ga
 
 
 def test_the_command_refuses_what_it_does_not_know(host: Host) -> None:
-    assert "no instance other; it has chat, embed" in host.run("vllm-fleet state other drained").stderr
+    assert "no instance other; it has busy, chat, embed, hung" in host.run("vllm-fleet state other drained").stderr
     assert host.run("vllm-fleet state chat sideways").rc == 2
     assert "only root" in host.run("runuser --user daemon -- vllm-fleet state chat drained").stderr
     assert "chat: up" in host.check_output("runuser --user daemon -- vllm-fleet state")

@@ -152,7 +152,7 @@ class Agent:
             except OSError as error:
                 raise RefusedError(500, f"a file of the agent cannot be used: {error}") from None
         if asked.path == "/metrics":
-            return TEXT, host_agent.merged(await self.all_metrics())
+            return TEXT, host_agent.merged(await self.all_metrics()) + self.own_metrics()
         name = asked.path.removeprefix("/metrics/")
         if name not in self.instances:
             raise RefusedError(404, "there is no instance of this name")
@@ -168,12 +168,17 @@ class Agent:
         said = host_agent.statement(body, gateway, self.instances)
         agent_files.hear(gateway, {**said, "told": self.told.get(gateway, [])})
         units = await self.units.current()
-        told = {
-            name: {**agent_files.word(name), **agent_files.leaving(name), "unit": units.get(name, "unknown")}
-            for name in self.instances
-        }
+        told = {name: {**agent_files.wishes(name), "unit": units.get(name, "unknown")} for name in self.instances}
         self.told[gateway] = [name for name, instance in told.items() if host_agent.wants_out(instance)]
         return {"host": self.host, "instances": told}
+
+    def own_metrics(self) -> str:
+        """Those of the host itself; without them where they cannot be read: others are told all the same."""
+        try:
+            return agent_files.metrics()
+        except OSError as error:
+            log.warning("the metrics of the watch cannot be read: %s", error)
+            return ""
 
     async def all_metrics(self) -> dict[str, str | None]:
         """Those of every instance, asked at the same time; nothing of one that does not answer."""

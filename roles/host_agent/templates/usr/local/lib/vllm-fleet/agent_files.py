@@ -16,6 +16,14 @@ CONFIGURATION = Path("/etc/vllm-fleet/agent.json")
 WORDS = Path("/var/lib/vllm-fleet")
 # A file for each instance that wants to stop.
 LEAVING = Path("/run/vllm-fleet/leaving")
+# What the watch found: a file for each instance that should get no requests because of its GPU, and files for monitoring and operators.
+SICK = Path("/run/vllm-fleet/watch/sick")
+METRICS = Path("/run/vllm-fleet/watch/watch.prom")
+HEALTH = Path("/run/vllm-fleet/watch/health.json")
+# Until when a person has dealt with what the kernel said of GPUs.
+DEALT_WITH = Path("/run/vllm-fleet/dealt-with")
+# Until when monitoring is to be silent about this host, as a turn said.
+SILENCE = WORDS / "turn/silence.json"
 # What each gateway said last; the agent's alone.
 HEARD = Path("/run/vllm-fleet/agent")
 
@@ -53,6 +61,27 @@ def leaving(instance: str) -> dict[str, Any]:
         return {"leaving": True, "asked": (LEAVING / instance).stat().st_mtime}
     except FileNotFoundError:
         return {"leaving": False}
+
+
+def sick(instance: str) -> dict[str, Any]:
+    """Why an instance should get no requests, and since when; nothing where there is no reason."""
+    try:
+        why, asked = text(SICK / instance), (SICK / instance).stat().st_mtime
+    except OSError:
+        return {}
+    return {"sick": why[:400], "asked": asked} if why else {}
+
+
+def wishes(instance: str) -> dict[str, Any]:
+    """All that is wanted of gateways for an instance. Since when, is since the first wish of its host."""
+    leaves, ill = leaving(instance), sick(instance)
+    asked = [one["asked"] for one in (leaves, ill) if "asked" in one]
+    return {**word(instance), **leaves, **ill, **({"asked": min(asked)} if asked else {})}
+
+
+def metrics() -> str:
+    """What the host itself has for monitoring."""
+    return (text(METRICS) or "") + host_agent.silenced(text(SILENCE))
 
 
 def hear(gateway: str, said: dict[str, Any]) -> None:
