@@ -101,9 +101,11 @@ def vllm_status_lines(instances: Sequence[Mapping[str, Any]]) -> list[str]:
     return vllm_status.lines(instances)
 
 
-def vllm_revert_problem(instances: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Why an instance cannot go back to the generation before its current one; nothing when it can."""
-    return vllm_status.revert_problem(instances, name)
+def vllm_revert_plan(
+    instances: Sequence[Mapping[str, Any]], names: Sequence[str], generation: int = 0
+) -> dict[str, Any]:
+    """Where instances go back to, and why one cannot."""
+    return vllm_status.revert_plan(instances, names, generation)
 
 
 class FilterModule:
@@ -124,6 +126,6 @@ class FilterModule:
             vllm_kernel_environment,
             vllm_status_of,
             vllm_status_lines,
-            vllm_revert_problem,
+            vllm_revert_plan,
         )
         return {function.__name__: function for function in functions}

@@ -20,7 +20,7 @@ options:
     description:
       - V(prepared) writes the wanted generation of each instance where it differs from the current one, has systemd read its units again, and restarts
         nothing.
-      - V(activated) moves the link to the newest generation, or to O(generation), and restarts the instance. The container of one that runs in a
+      - V(activated) moves the link to the newest generation, or to that of O(generations), and restarts the instance. The container of one that runs in a
         container is made before anything stops; one that changes its runtime is stopped by the unit that started it. Of several that share a GPU all
         have stopped before the first one starts.
       - V(dropped) removes generations that were written and are not to be activated.
@@ -63,9 +63,18 @@ options:
   container_unit:
     description: For V(activated) and V(reverted). The unit of instances in containers, a file on the host.
     type: path
-  generation:
-    description: For V(activated). The number of the generation; without it the newest.
-    type: int
+  generations:
+    description: For V(activated). The number of the generation for instances by their names; the newest for those that it does not name.
+    type: dict
+    default: {}
+  idle:
+    description: For V(activated). Instances that are switched and not started, because a person stopped them.
+    type: list
+    elements: str
+    default: []
+  seconds:
+    description: For V(confirmed). What instances took to answer, by their names; kept in the mark of the generation.
+    type: dict
   holder:
     description: For V(held). Who wants them to stay as they are.
     type: str
@@ -229,7 +238,8 @@ def container_unit(module: AnsibleModule) -> str:
 def activated(instance: Deployed, number: int | None = None) -> None:
     """Switch an instance to a generation, the newest unless another one is meant."""
     instance.switch(number or instance.numbers()[-1], container_unit(instance.module))
-    instance.restart()
+    if instance.name not in instance.module.params["idle"]:
+        instance.restart()
 
 
 def make_room(module: AnsibleModule, instances: list[Deployed]) -> None:
@@ -307,10 +317,9 @@ def confirmed(module: AnsibleModule, instances: list[Deployed]) -> bool:
     """Mark what runs as good and remove what nothing needs."""
     changed = False
     for instance in instances:
-        mark = instance.link / CONFIRMED
-        if instance.current() is not None and not mark.exists():
-            mark.touch(mode=0o644)
-            changed = True
+        current = instance.current()
+        if current is not None:
+            changed |= instance.confirm(current, (module.params["seconds"] or {}).get(instance.name))
         instance.prune(module.params["keep"])
     changed |= bool(unneeded_files(module))
     if module.params["releases_path"]:
@@ -338,9 +347,11 @@ def activate(module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]
     # the unit may be new, in this run or in one that died
     module.run_command(["systemctl", "daemon-reload"], check_rc=True)
     make_room(module, instances)
+    numbers = module.params["generations"]
     for instance in instances:
-        activated(instance, module.params["generation"])
-    return {"gates": gates(instances)}
+        activated(instance, int(numbers[instance.name]) if instance.name in numbers else None)
+    idle = module.params["idle"]
+    return {"gates": gates([instance for instance in instances if instance.name not in idle])}
 
 
 def revert(module: AnsibleModule, instances: list[Deployed]) -> dict[str, Any]:
@@ -434,7 +445,9 @@ ARGUMENTS: dict[str, Any] = {
     "release": {"type": "path"},
     "inputs": {"type": "dict", "default": {}},
     "container_unit": {"type": "path"},
-    "generation": {"type": "int"},
+    "generations": {"type": "dict", "default": {}},
+    "idle": {"type": "list", "elements": "str", "default": []},
+    "seconds": {"type": "dict"},
     "holder": {"type": "str", "default": "somebody"},
     "reason": {"type": "str", "default": ""},
     "releases_path": {"type": "path"},

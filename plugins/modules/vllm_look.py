@@ -204,6 +204,12 @@ findings:
         enabled:
           description: Whether its unit starts at boot.
           type: bool
+        start_seconds:
+          description: What the current generation took to answer when it was started; none where nobody knows.
+          type: float
+        word:
+          description: The operator's word on it, with C(operator), C(by), C(since), C(reason) and C(turn), the act of a playbook whose word it is.
+          type: dict
     models:
       description: For each wanted instance whether its model is there (C(present)), and C(weights) of it and of its draft model, each with C(bytes) of
         the files that vLLM loads, how most numbers are C(stored), and whether they are C(quantized) already.
@@ -251,7 +257,6 @@ from ansible_collections.gpufleet.llm.plugins.module_utils import (
     vllm_judge_host,
     vllm_keys,
     vllm_named_files_host,
-    vllm_shared_gpus,
     vllm_weights_host,
 )
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
@@ -296,21 +301,6 @@ def units(module: AnsibleModule, names: list[str]) -> dict[str, dict[str, str]]:
     return {state["Id"]: state for state in states if "Id" in state}
 
 
-def generation_findings(content: dict[str, str]) -> dict[str, Any]:
-    """What a generation runs, and where; of one that is not there, nothing."""
-    if not content:
-        return {"runtime": "", "runs": "", "port": None, "gpus": [], "gate": {}}
-    options = dict(line.split(": ", 1) for line in content["config.yaml"].splitlines())
-    compose = content.get(vllm_container.COMPOSE)
-    return {
-        "runtime": "docker" if compose else "systemd",
-        "runs": vllm_container.image_of(compose) if compose else content["release"],
-        "port": json.loads(options["port"]) if "port" in options else None,
-        "gpus": vllm_shared_gpus.gpus_of(content),
-        "gate": generations_host.gate_of(content["gate.json"]),
-    }
-
-
 def instance_findings(module: AnsibleModule) -> list[dict[str, Any]]:
     """The instances that are wanted or there."""
     wanted = {entry["name"]: entry for entry in module.params["wanted"]}
@@ -342,7 +332,9 @@ def instance_findings(module: AnsibleModule) -> list[dict[str, Any]]:
                 "running": running,
                 "active": state.get("ActiveState", ""),
                 "enabled": state.get("UnitFileState") == "enabled",
-                **generation_findings(deployed.content(current)),
+                "start_seconds": deployed.start_seconds(current),
+                "word": deployed.word(),
+                **generations_host.described(deployed.content(current)),
             }
         )
     return found

@@ -27,15 +27,15 @@ def load(path: str) -> Any:
 
 
 def batched() -> dict[str, Any]:
-    """The play of provision.yml for the hosts whose driver is in use, without its hosts."""
-    plays = yaml.safe_load((ROOT / "playbooks/plays/provision.yml").read_text())
+    """The play of equip.yml for the hosts whose driver is in use, without its hosts."""
+    plays = yaml.safe_load((ROOT / "playbooks/plays/equip.yml").read_text())
     (play,) = [play for play in plays if "driver_in_use" in play["hosts"]]
     return {name: value for name, value in play.items() if name in ("serial", "max_fail_percentage", "vars")}
 
 
 def turns(path: Path, *options: str, fails: int = 0) -> list[str]:
     """
-    Run the real turn.yml, as install.yml includes it, on three hosts in the batches of provision.yml; every file that it includes only says that it
+    Run the real turn.yml, as install.yml includes it, on three hosts in the batches of equip.yml; every file that it includes only says that it
     was there.
 
     With `fails`, the verify.yml of the host whose turn has that number fails.
@@ -277,14 +277,14 @@ def test_hosts_whose_driver_is_new_need_no_batches(tmp_path: Path) -> None:
 
 
 def test_the_playbook_has_batches_where_a_driver_is_in_use_and_the_others_at_once(tmp_path: Path) -> None:
-    provision = {"import_playbook": str(ROOT / "playbooks/plays/provision.yml")}
+    equip = {"import_playbook": str(ROOT / "playbooks/plays/equip.yml")}
     version = "{{ '580.95.05' if inventory_hostname == 'b' else '' }}"  # what is there
     preflight = of_role("preflight", vars={"check_inputs_collect": True})  # as playbooks/preflight.yml
     code, said = played(
         tmp_path,
         "old-ours",
         "a b c",
-        [preflight, provision],
+        [preflight, equip],
         nvidia_driver_version=version,
         nvidia_driver_allow_insecure="{{ inventory_hostname == 'b' }}",
     )

@@ -19,7 +19,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils import (
 )
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container import GIB
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_container_host import ContainerError, Engine
-from ansible_collections.gpufleet.llm.plugins.modules import container_image, vllm_generation, vllm_look
+from ansible_collections.gpufleet.llm.plugins.modules import container_image, vllm_generation
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 IMAGE = f"registry.test:5000/team/vllm@{DIGEST}"
@@ -330,7 +330,8 @@ class Module:
         self.state = state
         self.params = {
             "config_path": str(path / "etc"), "inputs": {}, "release": "/opt/r1", "keep": 2, "releases_path": str(path / "releases"), "wanted": [],
-            "container_unit": str(path / "container.service"), "files_path": None, "user": "root", **parameters,
+            "container_unit": str(path / "container.service"), "files_path": None, "user": "root", "idle": [], "generations": {}, "seconds": None,
+            **parameters,
         }  # fmt: skip
         self.check_mode = False
         self.commands: list[str] = []
@@ -467,7 +468,7 @@ def test_an_instance_that_is_gone_leaves_no_unit(host: Path) -> None:
 
 def test_the_look_says_what_a_container_runs(host: Path) -> None:
     deployed = generations_host.Deployed(run(host, wanted(gpus=[0, 3])), "chat")
-    found = vllm_look.generation_findings(deployed.content(deployed.current()))
+    found = generations_host.described(deployed.content(deployed.current()))
     assert (found["runtime"], found["runs"], found["port"], found["gpus"]) == ("docker", IMAGE, 8000, [0, 3])
 
 

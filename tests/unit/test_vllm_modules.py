@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from ansible_collections.gpufleet.llm.plugins.module_utils import (
     generations_host,
+    host_agent,
     vllm_container,
     vllm_fit,
     vllm_keys,
@@ -183,7 +184,9 @@ class FakeModule:
             "releases_path": None,
             "files_path": None,
             "user": "root",
-            "generation": None,
+            "generations": {},
+            "idle": [],
+            "seconds": None,
             **parameters,
         }
         self.check_mode = False
@@ -208,6 +211,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where running instances say which generation they run."""
     monkeypatch.setattr(generations_host, "RUNTIME", tmp_path / "run")
     monkeypatch.setattr(generations_host, "UNITS", tmp_path / "units")
+    monkeypatch.setattr(generations_host, "WORDS", tmp_path / "words")
     (tmp_path / "run/chat").mkdir(parents=True)
     (tmp_path / "etc").mkdir()
     return tmp_path / "run/chat/generation"
@@ -375,7 +379,7 @@ def test_an_operator_goes_back_and_what_was_left_is_no_good_one_any_more(tmp_pat
     for length in (1, 2, 3):
         prepare(tmp_path, length=length)
         chat = switch(tmp_path, runtime)
-    module = FakeModule(tmp_path / "etc", generation=2, holder="ann@ctl", reason="slow")
+    module = FakeModule(tmp_path / "etc", generations={"chat": 2}, holder="ann@ctl", reason="slow")
     vllm_generation.hold(module, [chat])
     assert vllm_generation.activate(module, [chat])["gates"] == [{"name": "chat", "model": "qwen"}]
     runtime.write_text("2\n")
@@ -390,6 +394,26 @@ def test_an_operator_goes_back_and_what_was_left_is_no_good_one_any_more(tmp_pat
     prepare(tmp_path, length=4)
     chat = switch(tmp_path, runtime, confirm=False)
     assert (chat.current(), vllm_generation.reverted(chat), chat.current()) == (4, "reverted", 2)
+
+
+def test_a_stopped_instance_is_switched_and_not_started(tmp_path: Path, runtime: Path) -> None:
+    prepare(tmp_path)
+    module = FakeModule(tmp_path / "etc", idle=["chat"])
+    chat = generations_host.Deployed(module, "chat")
+    assert vllm_generation.activate(module, [chat])["gates"] == []
+    assert chat.current() == 1
+    assert [command for command in module.commands if "start" in command] == []
+
+
+def test_a_generation_remembers_how_long_it_took_to_answer(tmp_path: Path, runtime: Path) -> None:
+    prepare(tmp_path)
+    chat = switch(tmp_path, runtime, confirm=False)
+    assert chat.start_seconds(1) is None
+    assert vllm_generation.confirmed(FakeModule(tmp_path / "etc", seconds={"chat": 41.27}), [chat])
+    assert (chat.start_seconds(1), chat.start_seconds(None)) == (41.3, None)
+    assert not vllm_generation.confirmed(FakeModule(tmp_path / "etc", seconds={"chat": 1}), [chat])
+    (chat.path / "1/confirmed").write_text("")  # of an earlier release of this collection
+    assert (chat.confirmed(), chat.start_seconds(1)) == ([1], None)
 
 
 def test_old_generations_go_but_never_the_last_good_ones(tmp_path: Path, runtime: Path) -> None:
@@ -607,3 +631,39 @@ def test_copied_files_of_a_release_are_no_newer_than_what_was_compiled_from_them
     (tmp_path / "link").symlink_to("/etc/hostname")
     vllm_release.forget_times(tmp_path)
     assert kernel.stat().st_mtime == vllm_release.WHEEL_EPOCH
+
+
+# --- what a person stopped
+
+
+def says(path: Path, operator: str) -> None:
+    """An operator's word."""
+    (path / "words").mkdir(exist_ok=True)
+    (path / "words/chat.json").write_text(host_agent.spoken(operator, "ada", "now", ""))
+
+
+def test_what_a_person_stopped_is_prepared_and_need_not_run(tmp_path: Path, runtime: Path) -> None:
+    prepare(tmp_path)
+    switch(tmp_path, runtime)
+    runtime.unlink()  # it does not run
+    assert prepare(tmp_path)["pending"] == ["chat"]
+    says(tmp_path, "stopped")
+    assert prepare(tmp_path)["pending"] == []
+    # what is new is written and switched to, once, and nothing is started for it
+    assert prepare(tmp_path, 2)["pending"] == ["chat"]
+    module = FakeModule(tmp_path / "etc", idle=["chat"])
+    vllm_generation.activate(module, [chat := generations_host.Deployed(module, "chat")])
+    assert chat.current() == 2
+    assert not [command for command in module.commands if "restart" in command or "enable" in command]
+    assert prepare(tmp_path, 2)["pending"] == []
+    # drained is not stopped
+    says(tmp_path, "drained")
+    assert prepare(tmp_path, 2)["pending"] == ["chat"]
+
+
+def test_what_operators_said_goes_with_the_instance(tmp_path: Path, runtime: Path) -> None:
+    prepare(tmp_path)
+    chat = switch(tmp_path, runtime)
+    says(tmp_path, "stopped")
+    chat.erase()
+    assert list((tmp_path / "words").iterdir()) == []

@@ -115,8 +115,8 @@ class Module:
 
     def __init__(self, path: Path, wanted: list[dict[str, Any]]) -> None:
         self.params: dict[str, Any] = {
-            "config_path": str(path), "inputs": {}, "release": "/opt/r1", "container_unit": None, "generation": None, "wanted": wanted, "keep": 3,
-            "releases_path": None, "files_path": None,
+            "config_path": str(path), "inputs": {}, "release": "/opt/r1", "container_unit": None, "generation": None, "generations": {},
+            "idle": [], "seconds": None, "wanted": wanted, "keep": 3, "releases_path": None, "files_path": None,
         }  # fmt: skip
         self.check_mode = False
         self.commands: list[str] = []

@@ -138,7 +138,7 @@ def test_the_status_says_what_runs_and_how_it_stands_to_the_inventory(host: Host
     ],
 )
 def test_what_cannot_go_back_is_refused(host: Host, name: str, expected: str) -> None:
-    assert expected in refused(host, "vllm", entry_point="revert", vllm_revert_instance=name)
+    assert expected in refused(host, "vllm", entry_point="revert", vllm_revert_instances=[name])
     assert host.run("ls /etc/vllm/*/held").rc != 0
 
 
@@ -148,18 +148,18 @@ def test_an_instance_goes_back_and_stays_there_until_nobody_holds_it(host: Host)
         host,
         "vllm",
         entry_point="revert",
-        vllm_revert_instance="other",
+        vllm_revert_instances=["other"],
         vllm_revert_reason="too short",
         vllm_instances=instances,
     )
-    assert "The earlier generation answers" in told
+    assert "The earlier generations answer" in told
     assert (generation(host, "other"), main_pid(host, "chat")) == ("1", before)
     assert host.file("/etc/vllm/other/current").linked_to == "/etc/vllm/other/1"
     assert not host.file("/etc/vllm/other/2/confirmed").exists, "what follows would go back to it"
     held = host.file("/etc/vllm/other/held").content_string.strip()
     assert re.fullmatch(r"\S+@\S+, since 20\d\d-\d\d-\d\d \d\d:\d\d UTC, back from generation 2 to 1: too short", held)
 
-    assert f"is held: {held}" in refused(host, "vllm", entry_point="revert", vllm_revert_instance="other")
+    assert f"is held: {held}" in refused(host, "vllm", entry_point="revert", vllm_revert_instances=["other"])
     assert shown(host, "other", vllm_instances=instances).endswith(f"active 8001 differs; held: {held}")
     # with another port and another name than the inventory has for it
     renamed = {**PLAIN, "port": 8009, "options": {"served-model-name": ["new-name"]}}
@@ -179,13 +179,13 @@ def test_an_instance_that_does_not_answer_where_it_went_back_to_comes_forth_agai
     file = "/etc/vllm/other/1/environment"
     fault = json.dumps({"answers": "500"}).replace('"', r"\"")
     host.check_output(f"cp -a {file} /root/environment && echo %s >>{file}", f'STAND_IN="{fault}"')
-    told = refused(host, "vllm", entry_point="revert", vllm_revert_instance="other", vllm_start_timeout=12)
+    told = refused(host, "vllm", entry_point="revert", vllm_revert_instances=["other"], vllm_start_timeout=12)
     assert "vLLM instance other on" in told
     assert (
         "did not come up with generation 1: no answer after 12 s: asked to generate (/v1/completions), it answered HTTP 500"
         in told
     )
-    assert "Generation 2 is back and answers." in told
+    assert "other: generation 2 is back and answers." in told
     assert (generation(host, "other"), ask(host, 8001, "other-name")[0]) == ("2", 200)
     assert host.file("/etc/vllm/other/2/confirmed").exists
     assert host.run("ls /etc/vllm/*/held").rc != 0
@@ -221,7 +221,7 @@ def test_a_wrong_option_costs_no_second_of_service(host: Host, options: dict[str
     with Client(host, 8001, "other-name") as client:
         told = refused(host, "vllm", vllm_instances=[CHAT, wrong])
     assert f"vllm_instances (other): vLLM itself refuses this: {expected}" in told
-    assert len(client.answers) > 2 and set(client.answers) == {200}, client.answers
+    assert len(client.answers) > 1 and set(client.answers) == {200}, client.answers
     assert (main_pid(host, "other"), generation(host, "other")) == (pid, "2")
     assert host.run("test -e /etc/vllm/other/3").rc != 0
     assert host.run("ls /opt/vllm/judged").stdout == records

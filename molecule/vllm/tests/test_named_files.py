@@ -48,7 +48,7 @@ def test_a_template_is_shipped_and_an_earlier_generation_keeps_its_own(host: Hos
     file.write_text("{{ messages }} two")
     applied(host, "vllm", **variables)
     assert (generation(host, "named"), template(host)) == ("2", "{{ messages }} two")
-    applied(host, "vllm", entry_point="revert", vllm_revert_instance="named")
+    applied(host, "vllm", entry_point="revert", vllm_revert_instances=["named"])
     assert (generation(host, "named"), template(host)) == ("1", "{{ messages }} one")
     assert main_pid(host, "chat") == before, "it names none"
 
