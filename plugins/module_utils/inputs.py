@@ -58,8 +58,16 @@ OUTPUTS = {
     "nvidia_driver_changed",
     "nvidia_driver_look",
     "tls_certificate_present",
+    "turn_plan",
+    "turn_refused",
+    "turn_report",
+    "turn_seconds",
     "vllm_activation",
+    "vllm_changed",
+    "vllm_due",
     "vllm_former_keys",
+    "vllm_left_turns",
+    "vllm_start_due",
     "vllm_status",
 }
 

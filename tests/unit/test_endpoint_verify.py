@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import json
+import re
 import ssl
 import threading
 import time
@@ -14,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.gpufleet.llm.plugins.module_utils import endpoint_checks, endpoint_keys, model_kinds
-from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import Endpoint, row
+from ansible_collections.gpufleet.llm.plugins.module_utils import (
+    endpoint_ask,
+    endpoint_checks,
+    endpoint_keys,
+    model_kinds,
+)
+from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import CheckError, Endpoint, row
 from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint_checks import Route
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -147,6 +153,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200 if self.path in right else 404, right.get(self.path, lacking))
         elif fault == "bad gateway":
             self.send(502, {"error": {"message": "no backend"}})
+        elif fault == "no template" and self.path == endpoint_checks.CHAT:
+            self.send(400, {"error": {"message": "default chat template is no longer allowed", "code": 400}})
         elif fault == "not a completion":
             self.send(200, {"hello": "world"})
         elif body.get("stream"):
@@ -382,3 +390,55 @@ def test_a_key_that_is_over_its_rate_is_asked_about_again(
     checked = row("key", lambda: endpoint_keys.check_key(endpoint, endpoint_keys.Shown("a", True, KEY), waited.append))
     assert checked["result"] == result
     assert waited == [7.0] * 3
+
+
+# --- endpoint_ask
+
+
+def asked(gateway: Gateway, ca: Path, paths: list[str] | None = None) -> dict[str, str]:
+    """What the module says of the model."""
+    endpoint = Endpoint(f"https://{NAME}:{gateway.server_address[1]}", KEY, "127.0.0.1", str(ca), timeout=1)
+    [found] = endpoint_ask.rows(endpoint, [Route(MODEL, (), None if paths is None else tuple(paths))], "Who?", 8)
+    assert found.pop("check") == f"ask {MODEL}"
+    return found
+
+
+def test_a_question_is_answered_with_times(served: Gateway, good_certificate: Path) -> None:
+    found = asked(served, good_certificate)
+    assert found["result"] == "ok", found
+    assert re.fullmatch(r"first token after 0\.\d\d s, 8 pieces in \d\.\d\d s: xxxxxxxx", found["detail"])
+
+
+def test_a_model_that_generates_nothing_is_asked_in_its_own_way(served: Gateway, good_certificate: Path) -> None:
+    served.fault = "embeds"
+    assert asked(served, good_certificate)["detail"].startswith("/v1/embeddings: 3 numbers in ")
+    served.fault = "no template"
+    assert asked(served, good_certificate)["detail"].endswith("xxxxxxxx")
+    assert asked(served, good_certificate, [endpoint_checks.CHAT])["result"] == "FAILED"
+    served.fault = "nothing"
+    assert "it answers none of /v1/chat/completions, " in asked(served, good_certificate)["detail"]
+    assert "its route has no path that can be asked" in asked(served, good_certificate, ["/v1/models"])["detail"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "detail"),
+    [
+        ("cut", "the stream ended after 8 pieces without [DONE]"),
+        ("bad gateway", "/v1/chat/completions: 502"),
+        ("slow", "no answer in time"),
+    ],
+)
+def test_a_question_that_is_not_answered(served: Gateway, good_certificate: Path, fault: str, detail: str) -> None:
+    served.fault = fault
+    found = asked(served, good_certificate)
+    assert found["result"] == "FAILED"
+    assert detail in found["detail"]
+
+
+def test_what_a_piece_says() -> None:
+    assert endpoint_ask.piece('{"choices": [{"delta": {"reasoning_content": "hm "}}]}') == "hm "
+    assert endpoint_ask.piece('{"choices": [{"delta": {"content": "a", "role": "assistant"}}]}') == "a"
+    assert endpoint_ask.piece('{"choices": [], "usage": {}}') == ""
+    for broken in ("{", '{"error": {"message": "gone"}}'):
+        with pytest.raises(CheckError):
+            endpoint_ask.piece(broken)
