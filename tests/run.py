@@ -31,12 +31,14 @@ LABEL = "gpufleet.fleet"
 STILL_RUNNING_EVERY = 120  # seconds
 WORKERS = 2
 FLEET_TESTS = "tests/e2e/test_fleet.py"  # a fleet of its own, and the longest of all
+LIVING_TESTS = "tests/e2e/test_living.py"  # five hosts of its own, which are changed while clients ask
 # After e2e, which is the longest: the long ones first, so that the workers end at about the same time; and those which start engines
 # as e2e does late.
 LONGEST_FIRST = [
     "molecule nvidia_driver",
     "molecule vllm",
     "molecule model_store",
+    "e2e living",
     "e2e others",
     "molecule docker",
     "molecule gateway",
@@ -330,7 +332,8 @@ def main() -> int:
     try:
         later = molecule_jobs(wanted)
         if e2e:
-            later.append(pytest_job("e2e others", "tests/e2e", f"--ignore={FLEET_TESTS}"))
+            later.append(pytest_job("e2e living", LIVING_TESTS))
+            later.append(pytest_job("e2e others", "tests/e2e", f"--ignore={FLEET_TESTS}", f"--ignore={LIVING_TESTS}"))
         later.sort(key=lambda job: LONGEST_FIRST.index(job.name) if job.name in LONGEST_FIRST else 99)
         jobs = [
             *([pytest_job("e2e", FLEET_TESTS)] if e2e else []),

@@ -15,60 +15,34 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import LEASE, ROOT, STRANGERS_LEASE, Done, on, program, request
+from tests.e2e.conftest import LEASE, STRANGERS_LEASE, Done, on, request
 from tests.hosts import hosts
-from tests.stand_in import wheel
+from tests.stand_in import fleet as stand_ins
 
 FLEET = "e2e-limit"
 GATEWAY, WORKER, DEAD = (f"{FLEET}-{name}" for name in ("gateway", "gpu1", "gpu2"))
 ABSENT = f"{FLEET}-absent"  # a gateway
-KEY = "a" * 40
+KEY = stand_ins.KEY
 HEADS = "Strict-Transport-Security"
 
 
 @dataclass
-class Small:
-    """The fleet, and what its inventory says today."""
+class Small(stand_ins.Fleet):
+    """The fleet, of which one gateway is there."""
 
-    directory: Path
-    variables: dict[str, Any]
-    addresses: dict[str, str]
-    host_variables: dict[str, dict[str, Any]] = field(default_factory=dict)
-    gateways: list[str] = field(default_factory=lambda: [GATEWAY, ABSENT])
-
-    def run(self, *arguments: str, playbook: str = "site.yml", **variables: Any) -> Done:
-        """Run a playbook; what is given on top of the inventory stays in it."""
-        self.variables |= variables
-        each = {
-            name: {"ansible_host": address, **self.host_variables.get(name, {})}
-            for name, address in self.addresses.items()
-        }
-        groups = {"gateway": self.gateways, "vllm": [WORKER, DEAD]}
-        inventory = {
-            "all": {"vars": self.variables, "hosts": {name: each[name] for names in groups.values() for name in names}},
-            **{group: {"hosts": {name: {} for name in names}} for group, names in groups.items()},
-        }
-        file = self.directory / "hosts.json"
-        file.write_text(json.dumps(inventory))
-        return program("ansible-playbook", playbook, "-i", str(file), *arguments, check=False)
-
-    def ask(self, method: str, path: str, body: object = None) -> tuple[int, Any, str]:
+    def see(self, method: str, path: str, body: object = None) -> tuple[int, Any, str]:
         """Ask the gateway: the status, the answer, and a header that its configuration decides."""
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        url = f"https://{self.addresses[GATEWAY]}"
-        reply = request(url, method, path, key=KEY, body=body, tls=context)
-        return reply.status, reply.json(), reply.headers.get(HEADS.lower(), "")
+        status, answer, headers = self.ask(GATEWAY, method, path, body)
+        return status, answer, headers.get(HEADS.lower(), "")
 
     def complete(self) -> int:
         """Ask for a completion."""
-        return self.ask("POST", "/v1/completions", {"model": "tiny", "prompt": "One", "max_tokens": 1})[0]
+        return self.see("POST", "/v1/completions", {"model": "tiny", "prompt": "One", "max_tokens": 1})[0]
 
 
 def leases() -> dict[str, str]:
@@ -89,43 +63,18 @@ def instance(port: int) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
     """The bare hosts, one of them stopped."""
-    directory = tmp_path_factory.mktemp("limit")
-    hosts.down(FLEET)
-    hosts.up(FLEET, dict.fromkeys((GATEWAY, WORKER, DEAD), "debian13"), ssh=directory / "ssh")
-    made, lock = wheel.write(directory / "stand-in")
-    for worker in (WORKER, DEAD):
-        on(worker, "mkdir /srv/stand-in")
-        hosts.docker("cp", str(made), f"{worker}:/srv/stand-in/{made.name}")
-    addresses = {name: hosts.address(name) for name in (GATEWAY, WORKER, DEAD)}
+    client = {"name": "a", "key": KEY, "requests_per_minute": 600, "concurrent_requests": 4}
+    made = stand_ins.up(
+        FLEET, tmp_path_factory.mktemp("limit"), ["gateway"], ["gpu1", "gpu2"], vllm_instances=instance(8000), gateway_clients=[client]
+    )  # fmt: skip
     hosts.docker("stop", "--time", "0", DEAD)
-    addresses[ABSENT] = str(ipaddress.ip_address(addresses[DEAD]) + 100)
-    yield Small(
-        directory,
-        {
-            "ansible_ssh_common_args": f"-F {directory}/ssh/config",
-            "fleet_skip_roles": ["base", "firewall", "ssh_hardening"],
-            "vllm_device": "cpu",
-            "vllm_internal_key": "c" * 40,
-            "vllm_lock_file": str(lock),
-            "vllm_torch_backend": "",
-            "uv_find_links": ["/srv/stand-in"],
-            "model_store_models": [
-                {
-                    "name": "tiny",
-                    "source": "path",
-                    "path": f"{ROOT}/molecule/model_store/files/tiny-model",
-                    "copy": True,
-                }
-            ],
-            "vllm_instances": instance(8000),
-            "gateway_server_names": ["llm.test", addresses[GATEWAY]],
-            "gateway_routes": [{"model": "tiny", "instance": "chat"}],
-            "gateway_clients": [{"name": "a", "key": KEY, "requests_per_minute": 600, "concurrent_requests": 4}],
-        },
-        addresses,
-        # what is wrong with a host outside of --limit, too, stops nobody
-        {DEAD: {"vllm_start_timeout": "soon"}},
-    )
+    made.addresses[ABSENT] = str(ipaddress.ip_address(made.addresses[DEAD]) + 100)
+    made.gateways.append(ABSENT)
+    # what is wrong with a host outside of --limit, too, stops nobody
+    made.host_variables[DEAD] = {"vllm_start_timeout": "soon"}
+    # Of the two backends one is dead: what the other one runs is changed all the same.
+    made.variables["turn_kept"] = "force"
+    yield Small(**vars(made))
     hosts.down(FLEET)
 
 
@@ -138,6 +87,24 @@ def test_dead_hosts_do_not_keep_the_others_from_being_deployed(small: Small) -> 
         GATEWAY: (0, 0), WORKER: (0, 0), DEAD: (1, 0), ABSENT: (1, 0),
     }  # fmt: skip
     assert small.complete() == 200
+    assert set(leases().values()) == {""}
+
+
+def test_the_status_says_which_half_is_down(small: Small) -> None:
+    """And shows the other one; what the gateway says of the dead backend is there all the same."""
+    done = small.run(
+        "-e", "status_format=json", "-e", f"status_file={small.directory}/status.json", playbook="playbooks/status.yml"
+    )
+    assert done.status == 2, done.output
+    assert f"{DEAD}, {ABSENT}: cannot be reached: 2 of 4 hosts" in done.output, done.output
+    status = json.loads((small.directory / "status.json").read_text())
+    assert {name: host["reached"] for name, host in status["hosts"].items()} == {
+        GATEWAY: True, WORKER: True, DEAD: False, ABSENT: False,
+    }  # fmt: skip
+    [chat], [dead] = (status["hosts"][name]["instances"] for name in (WORKER, DEAD))
+    assert (chat["unit"]["active"], chat["generation"], chat["gateways"][GATEWAY]["use"]) == ("active", 1, "in")
+    assert chat["metrics"]["running"] is not None
+    assert dead["gateways"][GATEWAY]["use"] == "out"
     assert set(leases().values()) == {""}
 
 
@@ -164,7 +131,7 @@ def test_a_gateway_that_somebody_changes_is_left_to_them(small: Small) -> None:
 
 
 def test_a_gateway_outside_of_the_limit_hears_what_concerns_it_and_nothing_else(small: Small) -> None:
-    _, health, header = small.ask("GET", "/healthz")
+    _, health, header = small.see("GET", "/healthz")
     done = small.run("--limit", WORKER, gateway_hsts_seconds=1000)
     assert done.status == 0, done.output
     assert f"{ABSENT} is outside of --limit and cannot be reached" in told(done)
@@ -174,7 +141,7 @@ def test_a_gateway_outside_of_the_limit_hears_what_concerns_it_and_nothing_else(
         f"chat@{host}": 8001 for host in (WORKER, DEAD)
     }
     assert small.complete() == 200
-    _, health_now, header_now = small.ask("GET", "/healthz")
+    _, health_now, header_now = small.see("GET", "/healthz")
     assert (health_now["program"], header_now) == (health["program"], header)
     assert health_now["configuration"] != health["configuration"]
     assert set(leases().values()) == {""}
@@ -188,7 +155,7 @@ def test_who_knows_already_is_not_told_again(small: Small) -> None:
     done = small.run("--limit", GATEWAY)
     assert done.status == 0, done.output
     assert on(GATEWAY, "stat --format %z /etc/vllm-gateway/fleet.json") == before
-    assert small.ask("GET", "/v1/models")[2] == "max-age=1000"
+    assert small.see("GET", "/v1/models")[2] == "max-age=1000"
     assert set(leases().values()) == {""}
 
 

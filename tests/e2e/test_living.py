@@ -1,0 +1,62 @@
+"""A fleet of two gateways and three inference hosts is changed while clients ask it: no request fails.
+
+The short form of tests/drills/test_living.py. vLLM is the stand-in; the tests run in this order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.conftest import FIGURES, Done
+from tests.living import NEW, OLD, Living, living
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[Living]:
+    """The fleet, and its clients."""
+    with living("e2e-living") as found:
+        yield found
+
+
+def said(done: Done) -> str:
+    """What a run said, its line breaks undone."""
+    return " ".join(done.output.split())
+
+
+def test_an_upgrade_loses_no_request(fleet: Living) -> None:
+    assert set(fleet.versions().values()) == {OLD}
+    with fleet.asked("upgrade.yml, another version"):
+        done = fleet.upgrade(**fleet.release(NEW))
+    FIGURES["upgrade.yml, three hosts"] = f"{done.seconds:.0f} s"
+    assert done.status == 0, done.output
+    assert set(fleet.versions().values()) == {NEW}
+    fleet.whole()
+
+
+def test_a_version_that_does_not_start_stays_with_its_first_host(fleet: Living) -> None:
+    """Which goes back by itself. The others are left as they are."""
+    before = {worker: fleet.pid(worker) for worker in fleet.workers}
+    bad = fleet.release("0.33.1+cpu", start_error="no kernel image is available")
+    with fleet.asked("upgrade.yml, a version that does not start"), fleet.trying(**bad):
+        done = fleet.upgrade()
+    FIGURES["upgrade.yml, a version that does not start"] = f"{done.seconds:.0f} s"
+    assert done.status != 0, done.output
+    assert "no kernel image is available" in said(done)
+    assert set(fleet.versions().values()) == {NEW}
+    changed = [worker for worker in fleet.workers if fleet.pid(worker) != before[worker]]
+    assert changed == fleet.workers[:1]
+    fleet.whole()
+
+
+def test_a_rollback_loses_no_request_and_holds(fleet: Living) -> None:
+    with fleet.asked("rollback.yml"):
+        done = fleet.fleet.run("-e", "fleet_instance=chat", playbook="playbooks/rollback.yml")
+    FIGURES["rollback.yml, three hosts"] = f"{done.seconds:.0f} s"
+    assert done.status == 0, done.output
+    assert set(fleet.versions().values()) == {OLD}
+    assert {fleet.version(worker, "code") for worker in fleet.workers} == {NEW}, "one instance alone went back"
+    fleet.whole()
+    assert re.search(r"held", said(done)), done.output
