@@ -43,7 +43,7 @@ e2e: setup ## End to end: a fleet of test hosts, a real model, real requests
 	@$(RUN) e2e
 
 .PHONY: drills gpu
-drills: setup ## What takes long: every test on every system (an hour), Debian's real driver, built by DKMS (20 minutes), the real vLLM in containers (an hour)
+drills: setup ## What takes long: every test on every system (an hour), Debian's real driver, built by DKMS (20 minutes), the real vLLM in containers (an hour), a fleet that lives under load (an hour)
 	@.venv/bin/python -m pytest -s tests/drills
 
 gpu: setup ## On a machine with an NVIDIA GPU, as root: deploy there, break it, measure (half an hour); STEPS=deploy,unit for a part

@@ -153,7 +153,7 @@ def judge_fleet(values: Mapping[str, Any]) -> list[str]:
                 **play.get("vars", {}),
                 **task.get("vars", {}),
                 "ansible_play_name": groups,
-                "vllm_revert_instance": "chat",
+                "fleet_instance": "chat",
             }
             every = variables("vllm", {**given, **values})
             templar = Templar(DataLoader(), every)

@@ -43,7 +43,7 @@ def load(path: Path) -> Any:
 
 def roles() -> list[str]:
     """The roles that describe themselves, in the order of site.yml."""
-    order = ["host_support", *load(ROOT / "playbooks/group_vars/all/roles.yml")["fleet_roles"]]
+    order = ["host_support", *load(ROOT / "playbooks/group_vars/all/roles.yml")["fleet_roles"], "turn"]
     found = [path.parents[1].name for path in (ROOT / "roles").glob("*/meta/argument_specs.yml")]
     return sorted(found, key=order.index)
 

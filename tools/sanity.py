@@ -28,7 +28,7 @@ EVERYWHERE = {
     "missing-gplv3-license",  # the license is Apache's, in LICENSE
 }
 # The documentation of these is that of their action plugin, which hands the module something else; tests/unit/test_conventions.py compares.
-OF_THE_ACTION = {"host_lease", "tree"}
+OF_THE_ACTION = {"host_lease", "host_silence", "tree"}
 ABOUT_ARGUMENTS = {
     "attributes-check-mode",
     "doc-default-does-not-match-spec",

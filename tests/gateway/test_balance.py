@@ -264,7 +264,7 @@ def test_a_full_backend_is_passed_over_and_full_ones_say_so(gateway: Gateway) ->
     fleet["backends"][SECOND.id]["most_requests"] = 2
     gateway.configure(fleet)
     try:
-        FIRST.answer = SECOND.answer = held(1)
+        FIRST.answer = SECOND.answer = held(1.5)
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
             answers = list(pool.map(lambda _number: gateway.ask(CHAT, {"model": "two"}), range(6)))
     finally:

@@ -25,8 +25,8 @@ from tests import run
 ROOT = Path(__file__).resolve().parents[2]
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir() if path.is_dir())
 STAGES = ["install", "configure", "service", "verify"]
-# It is itself a step of every other role, so its main.yml holds its tasks.
-NOT_STAGED = {"host_support"}
+# The one is itself a step of every other role, the other stands around the acts of others: neither is a thing that a host gets.
+NOT_STAGED = {"host_support", "turn"}
 SCENARIOS = run.scenarios()
 INJECTED = re.compile(
     r"\bansible_(distribution\w*|os_family|architecture|hostname|fqdn|nodename|domain|default_ipv[46]|all_ipv[46]_addresses"
@@ -233,8 +233,9 @@ def test_no_injected_facts_and_no_unquoted_modes(role: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", sorted(set(ROLES) - {"turn"}))
 def test_role_has_a_scenario(role: str) -> None:
+    """A turn takes a fleet: tests/e2e has it."""
     assert role in SCENARIOS
 
 
@@ -262,11 +263,13 @@ def test_playbooks_name_roles_by_fqcn_with_a_tag_of_their_name() -> None:
             elif "ansible.builtin.import_role" not in task:
                 continue
             namespace, collection, name = role["name"].split(".")
+            if name in NOT_STAGED:
+                continue
             seen.add(name)
             if (namespace, collection) != ("gpufleet", "llm") or tags != [name]:
                 wrong.append(f"{path.name}: {task['name']}")
     assert wrong == []
-    assert seen == set(ROLES) - {"host_support"}, (
+    assert seen == set(ROLES) - NOT_STAGED, (
         "every role has its place in a playbook; host_support is called by the others"
     )
 
@@ -274,15 +277,17 @@ def test_playbooks_name_roles_by_fqcn_with_a_tag_of_their_name() -> None:
 def test_one_table_says_which_host_gets_which_role() -> None:
     """The plays have its roles in its order, each under its condition; where all hosts of a play get a role, that goes without saying."""
     table = list(load(ROOT / "playbooks/group_vars/all/roles.yml")["fleet_roles"])
-    assert sorted(table) == sorted(set(ROLES) - {"host_support"})
+    assert sorted(table) == sorted(set(ROLES) - NOT_STAGED)
     assert (ROOT / "playbooks/plays/group_vars").readlink() == Path("../group_vars"), "plays see what is beside them"
     for path in (ROOT / "playbooks").rglob("*.yml"):
         assert "vars_files:" not in path.read_text(), f"{path.name}: it would be read for each task of each host"
     roles = []
-    for name in ("provision", "serve", "gateway"):
+    for name in ("provision", "equip", "serve", "gateway"):
         for task, [role] in played(ROOT / f"playbooks/plays/{name}.yml"):
             roles.append(role)
-            assert task.get("when", f"fleet_roles.{role}") == f"fleet_roles.{role}"
+            included = task.get("ansible.builtin.include_role") or task.get("ansible.builtin.import_role") or {}
+            if included.get("name", "").rpartition(".")[2] == role:
+                assert task.get("when", f"fleet_roles.{role}") == f"fleet_roles.{role}"
     assert list(dict.fromkeys(roles)) == table
 
 

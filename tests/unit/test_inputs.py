@@ -208,7 +208,7 @@ def test_rollback_looks_at_what_it_reads_before_it_asks_a_host(
     dead = {"ansible_connection": "ssh", "ansible_host": "127.0.0.1", "ansible_port": 1}
     groups = {"vllm": {"hosts": {"good": dead, "bad": {**dead, **variables}}}, "gateway": {"hosts": {"good": {}}}}
     (tmp_path / "hosts.json").write_text(json.dumps({"all": {"children": groups}}))
-    done = playbook("-i", tmp_path / "hosts.json", "playbooks/rollback.yml", "-e", "vllm_revert_instance=chat")
+    done = playbook("-i", tmp_path / "hosts.json", "playbooks/rollback.yml", "-e", "fleet_instance=chat")
     said = " ".join(done.stdout.split())
     assert done.returncode == 2
     assert f"- bad: {problem}" in said

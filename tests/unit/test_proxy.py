@@ -155,6 +155,9 @@ OF_THE_FLEET = {
     "host_sockets",
     "start_proof_host",
     "model_kinds_host",
+    "instance_state_host",
+    "instance_proof_host",
+    "gateway_soak",
 }
 # Modules of Ansible by which something could come past the proxy, or with its password among the processes. `uri` asks hosts of the fleet.
 FOREIGN = re.compile(

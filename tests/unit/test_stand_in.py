@@ -111,8 +111,14 @@ def test_it_drains_as_vllm_does(server: Running) -> None:
 
 
 def test_who_takes_longer_than_the_shutdown_timeout_gets_no_answer(site: Path, home: Path) -> None:
-    """As with the real one: the port closes, the client waits, and the process stays until it is killed (TimeoutStopSec)."""
+    """As with the real one: the port closes, the client waits, and the process stays until it is killed (TimeoutStopSec).
+
+    A connection that somebody keeps for later ends, as uvicorn has it: what a proxy keeps would find a server that refuses.
+    """
     server = up(site, home, **{"shutdown-timeout": 0})
+    kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=1.5)
+    kept.request("GET", "/health")
+    assert kept.getresponse().read() == b""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=1.5)
     body = json.dumps(contract.completion(server, max_tokens=50))
     connection.request("POST", "/v1/completions", body, {"Authorization": f"Bearer {KEY}"})
@@ -121,10 +127,12 @@ def test_who_takes_longer_than_the_shutdown_timeout_gets_no_answer(site: Path, h
     try:
         with pytest.raises(TimeoutError):
             connection.getresponse()
+        assert kept.sock and kept.sock.recv(1) == b""
         with pytest.raises(ConnectionRefusedError):
             server.ask("/health")
         assert server.process.poll() is None
     finally:
+        kept.close()
         connection.close()
         server.process.kill()
         server.process.wait()
