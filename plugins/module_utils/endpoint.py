@@ -29,6 +29,14 @@ class CheckError(Exception):
     """The endpoint answered, and the answer is not the right one."""
 
 
+class StatusError(CheckError):
+    """Its answer has another status than 200."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(f"{answer.status}: {answer.text()}")
+        self.answer = answer
+
+
 @dataclass(frozen=True)
 class Answer:
     """What came back for one request."""
@@ -131,14 +139,14 @@ class Endpoint:
             connection.close()
 
     def events(self, path: str, body: bytes) -> Iterator[tuple[float, str]]:
-        """Send one request and yield the data of each server-sent event with the time at which it came."""
+        """Send one request and yield the data of each server-sent event with the time at which it came. Raises StatusError."""
         connection = self.open()
         try:
             headers = {**self.headers(self.key), "Content-Type": "application/json", "Accept": "text/event-stream"}
             connection.request("POST", path, body, headers)
             response = connection.getresponse()
             if response.status != 200:
-                raise CheckError(f"{response.status}: {Answer(response.status, response.read()).text()}")
+                raise StatusError(Answer(response.status, response.read()))
             for line in response:
                 if line.startswith(b"data:"):
                     yield time.monotonic(), line[5:].decode(errors="replace").strip()

@@ -9,10 +9,9 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from ansible_collections.gpufleet.llm.plugins.module_utils import model_kinds
-from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import Answer, CheckError, Endpoint, row
+from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import CheckError, Endpoint, StatusError, row
 from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint_checks import (
     CHAT,
     COMPLETIONS,
@@ -20,6 +19,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint_checks impor
     Route,
     check_answer,
     lacks,
+    prompt,
 )
 
 # A model can be asked in more ways than one: as people do, where it can be.
@@ -41,40 +41,29 @@ def piece(event: str) -> str:
     return "".join(word for word in words if isinstance(word, str))
 
 
-def ask_streamed(endpoint: Endpoint, path: model_kinds.Path, model: str, prompt: str, tokens: int) -> str:
+def ask_streamed(endpoint: Endpoint, path: model_kinds.Path, model: str, words: str, tokens: int) -> str:
     """Ask for a stream, and tell what came. Raises NotServedError when the model does not have the path."""
-    question: dict[str, Any] = (
-        {"messages": [{"role": "user", "content": prompt}]} if path.path == CHAT else {"prompt": prompt}
-    )
-    body, kind = path.body(model, **question, max_tokens=tokens, stream=True)
-    headers = {**endpoint.headers(endpoint.key), "Content-Type": kind, "Accept": "text/event-stream"}
-    connection, begin, first, words, done = endpoint.open(), time.monotonic(), 0.0, [], False
+    body, _type = path.body(model, **prompt(path, words, tokens), stream=True)
+    began, first, came, done = time.monotonic(), 0.0, [], False
     try:
-        connection.request("POST", path.path, body, headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            answer = Answer(response.status, response.read())
-            # vLLM refuses a chat with a model that has no template for it
-            if lacks(answer) or (path.path == CHAT and answer.status == 400 and b"chat template" in answer.body):
-                raise NotServedError
-            raise CheckError(f"{path.path}: {answer.status}: {answer.text()}")
-        for line in response:
-            if not line.startswith(b"data:"):
-                continue
-            event = line[5:].decode(errors="replace").strip()
+        for moment, event in endpoint.events(path.path, body):
             if done := event == "[DONE]":
                 break
             if text := piece(event):
-                first = first or time.monotonic() - begin
-                words.append(text)
-    finally:
-        connection.close()
+                first = first or moment - began
+                came.append(text)
+    except StatusError as error:
+        answer = error.answer
+        # vLLM refuses a chat with a model that has no template for it
+        if lacks(answer) or (path.path == CHAT and answer.status == 400 and b"chat template" in answer.body):
+            raise NotServedError from None
+        raise CheckError(f"{path.path}: {error}") from None
     if not done:
-        raise CheckError(f"{path.path}: the stream ended after {len(words)} pieces without [DONE]")
-    if not words:
+        raise CheckError(f"{path.path}: the stream ended after {len(came)} pieces without [DONE]")
+    if not came:
         raise CheckError(f"{path.path}: the answer is empty")
-    said = " ".join("".join(words).split())
-    return f"first token after {first:.2f} s, {len(words)} pieces in {time.monotonic() - begin:.2f} s: {said[:SHOWN]}"
+    said = " ".join("".join(came).split())
+    return f"first token after {first:.2f} s, {len(came)} pieces in {time.monotonic() - began:.2f} s: {said[:SHOWN]}"
 
 
 def ways(route: Route) -> list[tuple[model_kinds.Kind, model_kinds.Path]]:
@@ -90,19 +79,19 @@ def ways(route: Route) -> list[tuple[model_kinds.Kind, model_kinds.Path]]:
     return talks + [(kind, path) for kind, path in route.askable() if not kind.streams]
 
 
-def ask(endpoint: Endpoint, route: Route, prompt: str, tokens: int) -> str:
+def ask(endpoint: Endpoint, route: Route, words: str, tokens: int) -> str:
     """Ask a model by the first way that it has."""
     known = ways(route)
     for kind, path in known:
         with suppress(NotServedError):
             if kind.streams:
-                return ask_streamed(endpoint, path, route.model, prompt, tokens)
+                return ask_streamed(endpoint, path, route.model, words, tokens)
             return f"{path.path}: {check_answer(endpoint, kind, path, route.model)}"
     if not known:
         raise CheckError("its route has no path that can be asked")
     raise CheckError(f"it answers none of {', '.join(path.path for _kind, path in known)}")
 
 
-def rows(endpoint: Endpoint, routes: Sequence[Route], prompt: str, tokens: int) -> list[dict[str, str]]:
+def rows(endpoint: Endpoint, routes: Sequence[Route], words: str, tokens: int) -> list[dict[str, str]]:
     """Ask all of them, one after the other: how long an answer takes is not to depend on the others."""
-    return [row(f"ask {route.model}", partial(ask, endpoint, route, prompt, tokens)) for route in routes]
+    return [row(f"ask {route.model}", partial(ask, endpoint, route, words, tokens)) for route in routes]

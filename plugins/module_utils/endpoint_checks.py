@@ -121,10 +121,10 @@ def code(answer: Answer) -> str:
         return ""
 
 
-def prompt(path: model_kinds.Path) -> dict[str, Any]:
+def prompt(path: model_kinds.Path, words: str = PROMPT, tokens: int = STREAM_TOKENS) -> dict[str, Any]:
     """What a completion or a chat is asked for here, instead of the one token that the table says."""
-    text = {"messages": [{"role": "user", "content": PROMPT}]} if path.path == CHAT else {"prompt": PROMPT}
-    return {**text, "max_tokens": STREAM_TOKENS}
+    text = {"messages": [{"role": "user", "content": words}]} if path.path == CHAT else {"prompt": words}
+    return {**text, "max_tokens": tokens}
 
 
 def check_answer(
