@@ -67,7 +67,8 @@ def validate_modules(directory: str) -> Iterator[str]:
     """What validate-modules finds in the plugins of a kind."""
     galaxy = yaml.safe_load((ROOT / "galaxy.yml").read_text())
     program = [sys.executable, str(PROGRAMS / "validate-modules/validate.py"), "--format=json", "--arg-spec"]
-    collection = [f"--collection=ansible_collections/{galaxy['namespace']}/{galaxy['name']}"]
+    # two words: by the first one alone it sees that it is in a collection, and finds fragments of documentation there
+    collection = ["--collection", f"ansible_collections/{galaxy['namespace']}/{galaxy['name']}"]
     version = [f"--collection-version={galaxy['version']}", f"--plugin-type={KINDS[directory]}"]
     done = run([*program, *collection, *version, *files(f"plugins/{directory}")])
     if done.stderr or done.returncode not in (0, 3):

@@ -23,6 +23,12 @@ STREAM_TOKENS = 8
 # A streamed answer takes time between its first and its last piece: 8 tokens take more than this on any hardware. One
 # that a proxy held back arrives all at once.
 STREAM_SPREAD = 0.005
+# How a module is told of a model.
+ROUTE: dict[str, Any] = {
+    "model": {"type": "str", "required": True},
+    "aliases": {"type": "list", "elements": "str", "default": []},
+    "paths": {"type": "list", "elements": "str"},
+}
 # What no fleet serves.
 NO_MODEL = "no-such-model.gpufleet.invalid"
 NO_SUCH_MODEL = "model_not_found"

@@ -10,29 +10,12 @@ module: endpoint_ask
 short_description: Asks the models of an OpenAI-compatible HTTPS endpoint a question, as a client
 version_added: 0.1.0
 author: The vLLM Fleet authors (@gpufleet)
+extends_documentation_fragment: [gpufleet.llm.endpoint]
 description:
   - Asks each model by the first way that it has, a chat before a completion, and tells its answer and how long its first token took. What generates no
     text, such as a model for embeddings, is asked for the smallest answer of its kind.
   - Never fails because of an answer; look at RV(verified). Changes nothing.
 options:
-  url:
-    description:
-      - Scheme, host name and port of the endpoint, such as V(https://llm.example.com:8443).
-      - The name has to be in the certificate.
-    type: str
-    required: true
-  connect_address:
-    description: Address to connect to instead of the one that the name in O(url) resolves to, like C(curl --resolve).
-    type: str
-  ca_file:
-    description: File with the certificate authorities to trust. Without this and O(ca_pem), those of the system.
-    type: path
-  ca_pem:
-    description: The certificate authorities to trust, in PEM form.
-    type: str
-  certificate_file:
-    description: File with a certificate of a client and its key, both PEM, for a gateway that asks for one.
-    type: path
   api_key:
     description: The key of a client.
     type: str
@@ -105,13 +88,8 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils import endpoint_ask
 from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import ARGUMENTS as ENDPOINT
 from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import RULES, Endpoint
-from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint_checks import Route
+from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint_checks import ROUTE, Route
 
-ROUTE: dict[str, Any] = {
-    "model": {"type": "str", "required": True},
-    "aliases": {"type": "list", "elements": "str", "default": []},
-    "paths": {"type": "list", "elements": "str"},
-}
 ARGUMENTS: dict[str, Any] = {
     **ENDPOINT,
     "api_key": {"type": "str", "required": True, "no_log": True},

@@ -10,26 +10,11 @@ module: endpoint_keys
 short_description: Proves which keys an OpenAI-compatible HTTPS endpoint takes and which it refuses
 version_added: 0.1.0
 author: The vLLM Fleet authors (@gpufleet)
+extends_documentation_fragment: [gpufleet.llm.endpoint]
 description:
   - Asks an endpoint for its models with each key and says whether the answer was the right one, 200 or 401.
   - Never fails because of an answer; look at RV(verified) or RV(rows). Changes nothing.
 options:
-  url:
-    description: Scheme, host name and port of the endpoint, such as V(https://llm.example.com:8443).
-    type: str
-    required: true
-  connect_address:
-    description: Address to connect to instead of the one that the name in O(url) resolves to, like C(curl --resolve).
-    type: str
-  ca_file:
-    description: File with the certificate authorities to trust. Without this and O(ca_pem), those of the system.
-    type: path
-  ca_pem:
-    description: The certificate authorities to trust, in PEM form.
-    type: str
-  certificate_file:
-    description: File with a certificate of a client and its key, both PEM, for a gateway that asks for one.
-    type: path
   keys:
     description: The keys.
     type: list

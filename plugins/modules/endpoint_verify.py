@@ -10,6 +10,7 @@ module: endpoint_verify
 short_description: Proves an OpenAI-compatible HTTPS endpoint from the outside, as a client
 version_added: 0.1.0
 author: The vLLM Fleet authors (@gpufleet)
+extends_documentation_fragment: [gpufleet.llm.endpoint]
 description:
   - Asks an endpoint what a client would ask it and says for each check whether the answer was the right one.
   - Checks the certificate (chain, name, days left), that a request without a key or with a wrong one is refused, that
@@ -18,24 +19,6 @@ description:
     paths which must not be public are not.
   - Never fails because of an answer; look at RV(verified) or RV(failures). Changes nothing.
 options:
-  url:
-    description:
-      - Scheme, host name and port of the endpoint, such as V(https://llm.example.com:8443).
-      - The name has to be in the certificate.
-    type: str
-    required: true
-  connect_address:
-    description: Address to connect to instead of the one that the name in O(url) resolves to, like C(curl --resolve).
-    type: str
-  ca_file:
-    description: File with the certificate authorities to trust. Without this and O(ca_pem), those of the system.
-    type: path
-  ca_pem:
-    description: The certificate authorities to trust, in PEM form.
-    type: str
-  certificate_file:
-    description: File with a certificate of a client and its key, both PEM, for a gateway that asks for one.
-    type: path
   api_key:
     description: The key of a client.
     type: str
@@ -119,13 +102,8 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import ARGUMENTS as ENDPOINT
 from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint import RULES, Endpoint
-from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint_checks import Route, verify
+from ansible_collections.gpufleet.llm.plugins.module_utils.endpoint_checks import ROUTE, Route, verify
 
-ROUTE: dict[str, Any] = {
-    "model": {"type": "str", "required": True},
-    "aliases": {"type": "list", "elements": "str", "default": []},
-    "paths": {"type": "list", "elements": "str"},
-}
 ARGUMENTS: dict[str, Any] = {
     **ENDPOINT,
     "api_key": {"type": "str", "required": True, "no_log": True},
