@@ -23,6 +23,12 @@ PREPARED: dict[str, Prepared] = {}
 LOCK = threading.Lock()
 
 
+def rooted(task: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """A task of a file in this directory, for a play that is elsewhere: what it imports is found there."""
+    imported = task.get("ansible.builtin.import_tasks")
+    return {**task, "ansible.builtin.import_tasks": str(directory / imported)} if imported else task
+
+
 class Prepared:
     """A process that has Ansible loaded."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.playbooks import playbook
+from tests.playbooks import playbook, rooted
 
 ROOT = Path(__file__).resolve().parents[2]
 ALIVE = {"ansible_connection": "local"}
@@ -20,7 +20,11 @@ ACTS: dict[str, Any] = {"name": "Done", "ansible.builtin.raw": "{{ act | default
 def play(file: str, name: str) -> dict[str, Any]:
     """A play of a playbook, without rights and with a word instead of each role."""
     [found] = [play for play in yaml.safe_load((ROOT / "playbooks" / file).read_text()) if play.get("name") == name]
-    tasks = [ACTS if any("_role" in key or "include_tasks" in key for key in task) else task for task in found["tasks"]]
+    directory = (ROOT / "playbooks" / file).parent
+    tasks = [
+        ACTS if any("_role" in key or "include_tasks" in key for key in task) else rooted(task, directory)
+        for task in found["tasks"]
+    ]
     assert ACTS in tasks
     return {**found, "become": False, "tasks": tasks}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.playbooks import playbook
+from tests.playbooks import playbook, rooted
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAYBOOKS = ROOT / "playbooks"
@@ -41,7 +41,7 @@ def play(file: str, name: str, log: Path) -> dict[str, Any]:
         if str(task.get("ansible.builtin.include_tasks", "")).endswith("take_turn.yml"):
             tasks += yaml.safe_load((PLAYBOOKS / "tasks/take_turn.yml").read_text())
         else:
-            tasks.append(task)
+            tasks.append(rooted(task, (PLAYBOOKS / file).parent))
     return {**found, "become": False, "tasks": [acted(task, log) for task in tasks]}
 
 
