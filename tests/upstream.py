@@ -38,11 +38,18 @@ class Upstream(http.server.BaseHTTPRequestHandler):
         """Quiet."""
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """Whose queue holds some hundred connections that are made at once: of a short one, Linux leaves the rest to be tried again."""
+
+    daemon_threads = True
+    request_queue_size = 1024
+
+
 @contextmanager
 def listening(kind: type[Upstream]) -> Iterator[Any]:
     """A class of handlers of its own, which has the address of its server as `url`, while that listens."""
     handler: Any = type("Handler", (kind,), {})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = Server(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     handler.url = f"http://127.0.0.1:{server.server_port}"
     try:

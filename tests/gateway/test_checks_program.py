@@ -53,7 +53,7 @@ class Backend(Upstream):
         assert json.loads(body)["model"] == MODEL
         try:
             while kind.status == 0:
-                time.sleep(0.02)
+                time.sleep(0.2)  # some hundred may hang at once, beside those that are to be answered in time
         finally:
             kind.asking -= 1
         if kind.status == -1:
