@@ -166,10 +166,13 @@ def test_a_version_that_is_slow(fleet: Living) -> None:
 
 
 def test_the_second_host_dies_in_its_turn(fleet: Living) -> None:
-    """It is out of traffic: nobody loses anything. The first one has the new version, the third one is not touched."""
+    """Its requests have ended: nobody loses anything. The first one has the new version, the third one is not touched."""
     second = fleet.workers[1]
+    before = fleet.pid(second)
     with fleet.asked("docker kill of the second host in its turn"):
         with upgrading(fleet, OLD, second) as (_process, end):
+            # out of traffic, it still answers what it had begun
+            until("the instance is stopped", lambda: fleet.pid(second) != before, 120, 0.1)
             hosts.docker("kill", second)
             done = end()
         assert done.status != 0, done.output
