@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ansible_collections.gpufleet.llm.plugins.module_utils import systemctl
 from ansible_collections.gpufleet.llm.plugins.module_utils.apt_host import loaded
 from ansible_collections.gpufleet.llm.plugins.module_utils.docker import after_reload, due
 from ansible_collections.gpufleet.llm.plugins.module_utils.docker_beside_host import flags, routes
@@ -73,14 +74,7 @@ class Engine:
     def units(self) -> dict[str, dict[str, str]]:
         """The properties of the two units."""
         _, output, _ = self.command(["systemctl", "show", f"--property={PROPERTIES}", UNIT, CONTAINERD])
-        found = {}
-        for block in output.strip().split("\n\n"):
-            values: dict[str, str] = {}
-            for line in block.splitlines():
-                name, _, value = line.partition("=")
-                values[name] = f"{values[name]}\n{value}" if name in values else value
-            found[values.get("Id", "")] = values
-        return found
+        return systemctl.by_unit(output)
 
     def ask(self, path: str) -> Any:
         """What the engine answers."""

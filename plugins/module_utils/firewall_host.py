@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ansible_collections.gpufleet.llm.plugins.module_utils import systemctl
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read, write
 from ansible_collections.gpufleet.llm.plugins.module_utils.firewall_others_host import FIREWALLD, PERSISTENT, Others
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import Command
@@ -132,11 +133,8 @@ class Firewall:
     def units(self, names: Sequence[str]) -> dict[str, tuple[str, str]]:
         """State of units: active or not, enabled or not."""
         _, output, _ = self.command(["systemctl", "show", "--property=Id,ActiveState,UnitFileState", *names])
-        found = {}
-        for block in output.strip().split("\n\n"):
-            values = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
-            found[values.get("Id", "")] = (values.get("ActiveState", ""), values.get("UnitFileState", ""))
-        return found
+        found = systemctl.by_unit(output)
+        return {name: (unit.get("ActiveState", ""), unit.get("UnitFileState", "")) for name, unit in found.items()}
 
     def client(self) -> tuple[str, int] | None:
         """Address that this run's SSH connection comes from, and the port at which it arrived; nothing without SSH, or by a tunnel.

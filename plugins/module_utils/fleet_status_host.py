@@ -23,7 +23,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ansible_collections.gpufleet.llm.plugins.module_utils import generations_host, host, host_agent, silence, vllm_keys
+from ansible_collections.gpufleet.llm.plugins.module_utils import (
+    generations_host,
+    host,
+    host_agent,
+    silence,
+    systemctl,
+    vllm_keys,
+)
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
 from ansible_collections.gpufleet.llm.plugins.module_utils.lease import Lease, LeaseError
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import Program
@@ -87,12 +94,6 @@ def data(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def units(text: str) -> dict[str, dict[str, str]]:
-    """What `systemctl show` says, by unit; those that are not there are left out."""
-    blocks = [dict(line.split("=", 1) for line in block.splitlines() if "=" in line) for block in text.split("\n\n")]
-    return {block["Id"]: block for block in blocks if block.get("Id") and block.get("LoadState") != "not-found"}
 
 
 def listed_turns(text: str) -> list[dict[str, Any]]:
@@ -378,7 +379,7 @@ class Look:
             path: Program(["stat", "--file-system", f"--format={DISK_FORMAT}", path]) for path in self.places(details)
         }
 
-        states = units(self.output("units", systemd))
+        states = systemctl.by_unit(self.output("units", systemd))
         running = {
             name: (details[name]["address"], details[name]["port"])
             for name in self.names

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ansible_collections.gpufleet.llm.plugins.module_utils import systemctl
+
 # Packages of the driver, whoever made them: not of the container toolkit, of CUDA's toolkit or of DCGM, which have versions of their own.
 # Headers (libnvidia-ml-dev comes with compilers) are none: nothing runs by them.
 DRIVER_PACKAGE = re.compile(
@@ -127,12 +129,10 @@ def parse_modinfo(text: str) -> dict[str, str]:
 
 def parse_units(text: str) -> dict[str, dict[str, str]]:
     """The units that are there, from SHOW_UNITS: what they do now, and whether they start with the host."""
-    found = {}
-    for paragraph in text.split("\n\n"):
-        values = dict(line.split("=", 1) for line in paragraph.splitlines() if "=" in line)
-        if values.get("Id") and values.get("LoadState") not in ("not-found", None):
-            found[values["Id"]] = {"active": values.get("ActiveState", ""), "enabled": values.get("UnitFileState", "")}
-    return found
+    return {
+        name: {"active": unit.get("ActiveState", ""), "enabled": unit.get("UnitFileState", "")}
+        for name, unit in systemctl.by_unit(text).items()
+    }
 
 
 def names_of(entries: Iterable[Mapping[str, Any]]) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ansible_collections.gpufleet.llm.plugins.module_utils import systemctl
+
 CONFIG = "/etc/ssh/sshd_config"
 DROP_IN = "/etc/ssh/sshd_config.d/00-00-vllm-fleet.conf"
 SOCKET_DROP_IN = "/etc/systemd/system/ssh.socket.d/zz-vllm-fleet.conf"
@@ -200,15 +202,12 @@ class Socket:
 
 def parse_socket(text: str) -> Socket:
     """The output of `systemctl show ssh.socket`."""
-    values: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        name, _, value = line.partition("=")
-        values.setdefault(name, []).append(value)
+    unit = systemctl.shown(text)[0]
     listens = []
-    for value in values.get("Listen", ()):
+    for value in unit.get("Listen", "").splitlines():
         if found := re.match(r"(?:\[(?P<six>[^\]]*)\]|(?P<four>[0-9.]+)):(?P<port>\d+) \(Stream\)", value):
             listens.append((found["six"] or found["four"], int(found["port"])))
-    in_use = values.get("ActiveState") == ["active"] or values.get("UnitFileState") == ["enabled"]
+    in_use = unit.get("ActiveState") == "active" or unit.get("UnitFileState") == "enabled"
     return Socket(in_use, sorted(listens))
 
 

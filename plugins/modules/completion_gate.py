@@ -90,6 +90,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.gpufleet.llm.plugins.module_utils import systemctl
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_kinds_host import Instance, hint
 
 PAUSE_SECONDS = 1.0
@@ -134,7 +135,7 @@ class Gate:
         _status, output, _error = self.module.run_command(
             ["systemctl", "show", unit, "--property=ActiveState,NRestarts,Result,Job"]
         )
-        return dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+        return systemctl.shown(output)[0]
 
     def journal(self, unit: str, since: float) -> list[str]:
         """What the unit logged since then (seconds of the epoch), down to what matters."""

@@ -253,6 +253,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils import (
     generations_host,
+    systemctl,
     vllm_container,
     vllm_judge_host,
     vllm_keys,
@@ -296,9 +297,7 @@ def units(module: AnsibleModule, names: list[str]) -> dict[str, dict[str, str]]:
         "--property=Id,ActiveState,UnitFileState",
         *(f"vllm@{name}.service" for name in names),
     ]
-    blocks = module.run_command(command)[1].split("\n\n")
-    states = [dict(line.split("=", 1) for line in block.splitlines() if "=" in line) for block in blocks]
-    return {state["Id"]: state for state in states if "Id" in state}
+    return systemctl.by_unit(module.run_command(command)[1])
 
 
 def instance_findings(module: AnsibleModule) -> list[dict[str, Any]]:

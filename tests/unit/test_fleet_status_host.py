@@ -44,13 +44,6 @@ SMI = "0, 71234, 81559, 64, 98\n1, 1, 81559, [N/A], [Not Supported]\n"
 # --- texts
 
 
-def test_units_that_are_not_there_are_left_out() -> None:
-    found = look.units(SYSTEMD.format(main=5, active="active"))
-    assert list(found) == ["vllm@chat.service", "vllm-fleet-agent.service"]
-    assert found["vllm@chat.service"]["ActiveState"] == "active"
-    assert look.units("System has not been booted with systemd") == {}
-
-
 def test_gpus_tell_what_they_can() -> None:
     first, second = look.gpus(SMI)
     assert first == {

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import agent_files
-from ansible_collections.gpufleet.llm.plugins.module_utils import host_watch
+from ansible_collections.gpufleet.llm.plugins.module_utils import host_watch, systemctl
 
 CONFIGURATION = Path("/etc/vllm-fleet/watch.json")
 REQUESTS = Path("/run/vllm-fleet/watch/restart")
@@ -47,8 +47,7 @@ def unit_of(name: str) -> host_watch.Unit:
     """The unit of an instance."""
     properties = "--property=ActiveState,InvocationID,ActiveEnterTimestampMonotonic"
     good, told = run("systemctl", "show", properties, f"vllm@{name}.service")
-    shown = dict(line.split("=", 1) for line in told.splitlines() if "=" in line)
-    return host_watch.Unit.of(shown) if good else host_watch.Unit()
+    return host_watch.Unit.of(systemctl.shown(told)[0]) if good else host_watch.Unit()
 
 
 def take(path: Path) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import agent_files
-from ansible_collections.gpufleet.llm.plugins.module_utils import gpu_health, host_watch
+from ansible_collections.gpufleet.llm.plugins.module_utils import gpu_health, host_watch, systemctl
 from ansible_collections.gpufleet.llm.plugins.module_utils.gateway_checks import Backend
 from ansible_collections.gpufleet.llm.plugins.module_utils.gateway_checks_host import Asker, Times
 from ansible_collections.gpufleet.llm.plugins.module_utils.gpu_health import Finding, Gpu, Look, Messages
@@ -69,8 +69,7 @@ async def units_of(instances: list[str]) -> dict[str, host_watch.Unit]:
     names = {f"vllm@{name}.service": name for name in instances}
     properties = "--property=Id,ActiveState,InvocationID,ActiveEnterTimestampMonotonic"
     status, told = await output(["systemctl", "show", properties, *names], PROGRAM_SECONDS)
-    shown = [dict(line.split("=", 1) for line in unit.splitlines() if "=" in line) for unit in told.split("\n\n")]
-    found = {names[unit["Id"]]: host_watch.Unit.of(unit) for unit in shown if unit.get("Id") in names}
+    found = {names[unit]: host_watch.Unit.of(shown) for unit, shown in systemctl.by_unit(told).items() if unit in names}
     return {name: found.get(name, host_watch.Unit()) for name in instances} if status == 0 else {}
 
 
