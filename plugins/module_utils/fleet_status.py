@@ -319,7 +319,7 @@ class Judge:
         if word["turn"] and not busy:
             yield Finding(
                 2,
-                f"was left {word['operator']} by a turn ({word['turn']}) that is over",
+                f"was left {word['operator']}{limited(word)} by a turn ({word['turn']}) that is over",
                 self.turn_command(word["turn"], called),
                 [name],
                 called,
@@ -551,6 +551,11 @@ def holder(lease: Mapping[str, Any]) -> str:
     if not lease["controller"]:
         return str(lease["who"])
     return f"{lease['who']} on {lease['controller']} (process {lease['pid']}), since {lease['since']} UTC"
+
+
+def limited(word: Mapping[str, str]) -> str:
+    """How few requests an instance gets that is up, as a part of a sentence."""
+    return f" with {word['share']} % of the requests" if word["share"] else ""
 
 
 def spoken(word: Mapping[str, str]) -> str:

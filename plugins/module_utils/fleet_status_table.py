@@ -132,6 +132,8 @@ def who(one: Mapping[str, Any]) -> str:
         parts.append(
             " ".join(filter(None, [word["operator"], f"({word['turn']})" if word["turn"] else "", word["by"]]))
         )
+    elif word["share"]:
+        parts.append(f"{word['share']} % ({word['turn']})" if word["turn"] else f"{word['share']} %")
     elif one["leaving"]:
         parts.append("leaving")
     if one["held"]:

@@ -205,6 +205,8 @@ class Wish:
     sick: str = ""
     # Whether an operator lets it go below the minimum of a route.
     force: bool = False
+    # Of a route's requests, how much it gets at most; 1: as many as the others.
+    share: float = 1.0
 
     @classmethod
     def of(cls, told: Mapping[str, Any], before: Wish, now: float) -> Wish:
@@ -212,7 +214,7 @@ class Wish:
         operator = str(told.get("operator") or "up")
         by, reason, sick = (str(told.get(name) or "") for name in ("by", "reason", "sick"))
         force = operator != "up" and bool(told.get("force"))
-        wish = cls(operator, bool(told.get("leaving")), by, reason, sick=sick, force=force)
+        wish = cls(operator, bool(told.get("leaving")), by, reason, sick=sick, force=force, share=share(told))
         if not wish.wants_out:
             return wish
         asked = [
@@ -237,12 +239,26 @@ class Wish:
         return self.leaving or self.operator != "up" or bool(self.sick)
 
     @property
+    def wants_something(self) -> bool:
+        """Whether it is worth remembering."""
+        return self.wants_out or self.share < 1
+
+    @property
     def words(self) -> str:
         """For a person."""
+        if not self.wants_out:
+            return f"gets {self.share:.0%} of the requests at most" if self.share < 1 else ""
         if self.operator == "up":
             return "its host is about to stop it" if self.leaving else one_line(f"its host wants it out: {self.sick}")
         who = f"{self.operator} by {self.by}" if self.by else f"{self.operator} by an operator"
         return one_line(f"{who}: {self.reason}" if self.reason else who)
+
+
+def share(told: Mapping[str, Any]) -> float:
+    """The share of a route's requests that a host wants for one that is up; what is none means all."""
+    text = str(told.get("share") or "")
+    percent = int(text) if text.isascii() and text.isdigit() else 100
+    return percent / 100 if 1 <= percent <= 100 and told.get("operator") in (None, "", "up") else 1.0
 
 
 def moment(text: object) -> float | None:
@@ -265,11 +281,13 @@ class Use:
     leaving: bool = False
     kept: bool = False
     since: float = 0.0
+    share: float = 1.0
 
     @classmethod
     def remembered(cls, told: Mapping[str, Any]) -> Use:
-        """As state.json has it."""
-        return cls(**{name: told[name] for name in cls.__dataclass_fields__})
+        """As state.json has it; the one of a former release has no share."""
+        fields = [name for name in cls.__dataclass_fields__ if name != "share"]
+        return cls(**{name: told[name] for name in fields}, share=float(told.get("share", 1.0)))
 
     def written(self) -> dict[str, Any]:
         """As state.json has it."""
@@ -306,10 +324,10 @@ def decide(
     found = {}
     for name, check in checks.items():
         kept, one = keeps.get(name), wish[name]
-        why = one.words if one.wants_out else "" if check.result == "ok" else check.why
+        why = one.words if one.wants_out or check.result == "ok" else check.why
         if kept is not None:
             why = f"{why}; kept, because the route {kept.model} needs at least {kept.least} of its backends"
-        use = Use(name in available, why, check.result, one.operator, one.leaving, kept is not None, now)
+        use = Use(name in available, why, check.result, one.operator, one.leaving, kept is not None, now, one.share)
         last = before.get(name)
         found[name] = (
             replace(use, since=last.since) if last and replace(use, since=last.since, why=last.why) == last else use
@@ -347,9 +365,12 @@ def change(last: Use, use: Use) -> str:
     if use.kept and not last.kept:
         return f"stays in use although it wants to leave: {use.why}"
     if use.use and not last.use:
-        return "is used: it answers" if last.check != "ok" else "is used: nobody wants it out any more"
+        reason = "it answers" if last.check != "ok" else "nobody wants it out any more"
+        return f"is used: {reason}" + (f"; it {use.why}" if use.share < 1 else "")
     if last.use and not use.use:
         return f"is out of use: {use.why}"
+    if use.use and use.share != last.share:
+        return use.why or "gets as many requests as the others"
     if use.use:
         return "no longer wants to leave" if last.kept and not use.kept else ""
     if use.check != last.check:

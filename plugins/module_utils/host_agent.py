@@ -16,8 +16,9 @@ from typing import Any
 
 UP, DRAINED, STOPPED = WORDS = ("up", "drained", "stopped")
 # What the operator's word is made of. `turn` names the act of a playbook whose word it is; without it, it is a person's. `force` is "yes" where
-# gateways let the instance go although a route falls below its minimum.
-FIELDS = ("operator", "by", "since", "reason", "turn", "force")
+# gateways let the instance go although a route falls below its minimum. `share` is the percentage of a route's requests that one which is up gets at
+# most; empty, as many as the others.
+FIELDS = ("operator", "by", "since", "reason", "turn", "force", "share")
 # A gateway asks every second; one that was not heard for so long is gone, and nothing waits for it.
 HEARD_SECONDS = 10.0
 
@@ -140,10 +141,11 @@ def word(text: str | None) -> dict[str, str]:
     return {**nothing, "operator": DRAINED, "reason": "the file of the operator's word cannot be read"}
 
 
-def spoken(operator: str, by: str, since: str, reason: str, turn: str = "", force: str = "") -> str:
+def spoken(operator: str, by: str, since: str, reason: str, turn: str = "", force: str = "", share: str = "") -> str:
     """The file of the operator's word."""
     said = {"operator": operator, "by": by, "since": since, "reason": reason}
-    return json.dumps(said | ({"turn": turn} if turn else {}) | ({"force": force} if force else {})) + "\n"
+    rare = {"turn": turn, "force": force, "share": share}
+    return json.dumps(said | {name: value for name, value in rare.items() if value}) + "\n"
 
 
 def wants_out(instance: Mapping[str, Any]) -> bool:

@@ -35,6 +35,13 @@ class Wanted:
     # The act of the playbook that says it; empty: a person does.
     turn: str = ""
     force: bool = False
+    # Of one that is up, the percentage of a route's requests that it gets at most; 100: as many as the others.
+    share: int = 100
+
+    @property
+    def part(self) -> str:
+        """The share as a word has it."""
+        return str(self.share) if self.operator == UP and self.share < 100 else ""
 
     @property
     def word(self) -> dict[str, str]:
@@ -44,8 +51,9 @@ class Wanted:
             "by": self.by,
             "since": self.since,
             "reason": self.reason,
-            "turn": self.turn if self.operator != UP else "",
+            "turn": self.turn if self.operator != UP or self.part else "",
             "force": "yes" if self.force and self.operator != UP else "",
+            "share": self.part,
         }
 
 
@@ -53,6 +61,8 @@ def problem(wanted: Wanted) -> str:
     """What cannot be said; empty when it can."""
     if wanted.turn and wanted.operator == STOPPED:
         return "a turn drains and says up; stopped is a person's word (state, turn)"
+    if not 1 <= wanted.share <= 100:
+        return f"share is {wanted.share}; it must be a percentage from 1 to 100"
     return ""
 
 
@@ -68,7 +78,7 @@ def decided(before: Word, wanted: Wanted) -> dict[str, str]:
     if left(before, wanted):
         return dict(before)
     new = wanted.word
-    if before["operator"] != wanted.operator:
+    if before["operator"] != wanted.operator or before["share"] != wanted.part:
         return new
     new |= {
         "since": before["since"] or wanted.since,
@@ -83,7 +93,8 @@ def in_words(word: Word) -> str:
     """A word for a person, such as `drained by ada: new fan`."""
     who = f" by {word['by']}" if word["by"] else ""
     turn = f" for a turn ({word['turn']})" if word["turn"] else ""
-    return f"{word['operator']}{turn}{who}" + (f": {word['reason']}" if word["reason"] else "")
+    share = f" with {word['share']} % of the requests" if word["share"] else ""
+    return f"{word['operator']}{share}{turn}{who}" + (f": {word['reason']}" if word["reason"] else "")
 
 
 # --- waiting

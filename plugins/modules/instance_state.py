@@ -49,6 +49,12 @@ options:
       - With O(state=up) only words of turns are ended.
     type: str
     default: ''
+  share:
+    description:
+      - Of one that is V(up), the percentage of a route's requests that gateways send to it at most, 1 to 100. With V(100) it gets as many as the others.
+      - Where no other backend of the route can take a request, it gets that all the same.
+    type: int
+    default: 100
   timeout:
     description:
       - Seconds to wait until every gateway that can be heard has let the instances go and their requests have ended, or until it uses them again.
@@ -97,7 +103,7 @@ instances:
   type: dict
   contains:
     word:
-      description: The word now, with C(operator), C(by), C(since), C(reason), C(turn) and C(force).
+      description: The word now, with C(operator), C(by), C(since), C(reason), C(turn), C(force) and C(share).
       type: dict
     before:
       description: The word before.
@@ -145,6 +151,7 @@ ARGUMENTS: dict[str, Any] = {
     "by": {"type": "str"},
     "reason": {"type": "str", "default": ""},
     "turn": {"type": "str", "default": ""},
+    "share": {"type": "int", "default": 100},
     "timeout": {"type": "float", "default": 60},
     "kept": {"type": "str", "choices": ["fail", "wait", "force"], "default": "fail"},
     "engine_wait": {"type": "bool", "default": False},
@@ -158,7 +165,9 @@ def main() -> None:
     given = module.params
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     force = given["kept"] == instance_state.FORCE
-    wanted = instance_state.Wanted(given["state"], given["by"] or "", since, given["reason"], given["turn"], force)
+    wanted = instance_state.Wanted(
+        given["state"], given["by"] or "", since, given["reason"], given["turn"], force, given["share"]
+    )
     if problem := instance_state.problem(wanted):
         module.fail_json(msg=problem)
     try:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.conftest import FIGURES, Done
+from tests.e2e.conftest import FIGURES, Done, on
 from tests.living import NEW, OLD, Living, living
 
 
@@ -27,13 +27,18 @@ def said(done: Done) -> str:
 
 
 def test_an_upgrade_loses_no_request(fleet: Living) -> None:
+    """The first host is watched with a tenth of the requests; each gateway tells that of it and of no other."""
     assert set(fleet.versions().values()) == {OLD}
     with fleet.asked("upgrade.yml, another version"):
-        done = fleet.upgrade(**fleet.release(NEW))
+        done = fleet.upgrade(**fleet.release(NEW), turn_canary_percent=10)
     FIGURES["upgrade.yml, three hosts"] = f"{done.seconds:.0f} s"
     assert done.status == 0, done.output
     assert set(fleet.versions().values()) == {NEW}
     fleet.whole()
+    for gateway in fleet.fleet.gateways:
+        told = on(gateway, "journalctl --unit vllm-gateway-checks --output cat --no-pager")
+        for change in ("is used: [a-z ]+; it gets 10% of the requests at most", "gets as many requests as the others"):
+            assert set(re.findall(rf"@(\S+) {change}", told)) == {fleet.workers[0]}, told
 
 
 def test_a_version_that_does_not_start_stays_with_its_first_host(fleet: Living) -> None:

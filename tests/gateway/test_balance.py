@@ -109,6 +109,21 @@ def test_a_drain_needs_no_reload(gateway: Gateway) -> None:
     assert gateway.workers() == workers
 
 
+def test_a_canary_gets_its_share_at_most(gateway: Gateway) -> None:
+    """Of 300 requests some 30, however they are balanced; all of them where nobody else takes any, and as many as the other one in the end."""
+    gateway.state({FIRST.id: {"share": 0.1}, SECOND.id: {}})
+    for body in ({"model": "two"}, {"model": "prefix"}):
+        counted: Counter[str] = Counter()
+        for number in range(300):
+            answer = gateway.ask(CHAT, {**body, "messages": [{"role": "user", "content": f"{number} of many"}]})
+            counted[answer.json["backend"]] += 1
+        assert 0 < counted[FIRST.id] < 60, body
+    gateway.state({FIRST.id: {"share": 0.1}})
+    assert asked(gateway, "two", 30) == {FIRST.id: 30}
+    gateway.state({FIRST.id: {"share": 1}, SECOND.id: {}})
+    assert asked(gateway, "two", 60)[FIRST.id] > 12
+
+
 def test_a_state_that_is_broken_or_gone_leaves_the_last_one_in_use(gateway: Gateway) -> None:
     gateway.state({SECOND.id: {}})
     for text in ("", "{", "[]", "null"):

@@ -11,8 +11,15 @@ from ansible_collections.gpufleet.llm.plugins.module_utils import fleet_status, 
 
 NOW = 1_796_040_000.0
 DAY = 86400
-UP = {"operator": "up", "by": "", "since": "", "reason": "", "turn": ""}
-DRAINED = {"operator": "drained", "by": "ann", "since": "2026-11-30T12:00:00Z", "reason": "new fan", "turn": ""}
+UP = {"operator": "up", "by": "", "since": "", "reason": "", "turn": "", "share": ""}
+DRAINED = {
+    "operator": "drained",
+    "by": "ann",
+    "since": "2026-11-30T12:00:00Z",
+    "reason": "new fan",
+    "turn": "",
+    "share": "",
+}
 LEASE = {"who": "ann", "controller": "ctl", "pid": 7, "since": "2026-11-30 12:00:00"}
 
 
@@ -178,6 +185,7 @@ LOST: dict[str, Any] = {
         ({"confirmed": False}, "has generation 7, which never answered", "site"),
         ({"word": {**DRAINED, "turn": "upgrade"}}, "was left drained by a turn (upgrade) that is over", "upgrade"),
         ({"word": {**DRAINED, "turn": "reboot"}}, "was left drained by a turn (reboot) that is over", "reboot"),
+        ({"word": {**UP, "turn": "upgrade", "share": "5"}}, "was left up with 5 % of the requests by a turn (upgrade) that is over", "upgrade"),
         ({"gpus": [0, 5]}, "uses GPU 5, which nvidia-smi does not list", "ssh gpu-1"),
     ],
 )  # fmt: skip

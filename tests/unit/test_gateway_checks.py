@@ -247,6 +247,30 @@ def test_a_forced_drain_is_heard() -> None:
     assert not Wish.of({**told, "operator": "up"}, UP, 9.0).force
 
 
+def test_a_share_of_the_requests_is_heard_and_told() -> None:
+    """By who is up: an instance that leaves has no share."""
+    told = {"operator": "up", "share": "10", "turn": "upgrade"}
+    wish = Wish.of(told, UP, 9.0)
+    assert (wish.share, wish.wants_out, wish.wants_something) == (0.1, False, True)
+    assert Wish.remembered(wish.written()) == wish
+    assert Wish.of({**told, "operator": "drained"}, UP, 9.0).share == 1
+    for damaged in ("", "0", "101", "ten", "-5", "1e1"):
+        assert Wish.of({**told, "share": damaged}, UP, 9.0) == UP
+    before = used(A, B)
+    after = decide([Route("one", (A, B), 2)], {A: OK, B: OK}, {A: wish}, before, 9.0)
+    assert after[A] == Use(True, "gets 10% of the requests at most", "ok", since=9.0, share=0.1)
+    assert [line for _warning, line in gateway_checks.lines([], before, after)] == [
+        f"{A} gets 10% of the requests at most []"
+    ]
+    fresh = decide([Route("one", (A, B), 2)], {A: OK, B: OK}, {A: wish}, used(B), 9.0)
+    [line] = [line for _warning, line in gateway_checks.lines([], used(B), fresh)]
+    assert line == f"{A} is used: nobody wants it out any more; it gets 10% of the requests at most []"
+    back = decide([Route("one", (A, B), 2)], {A: OK, B: OK}, {A: UP}, after, 12.0)
+    assert [line for _warning, line in gateway_checks.lines([], after, back)] == [
+        f"{A} gets as many requests as the others []"
+    ]
+
+
 def test_a_backend_of_several_routes_goes_when_all_of_them_allow_it() -> None:
     checks = {A: OK, B: OK, C: OK}
     routes = [Route("one", (A, B, C), 1), Route("two", (A, B), 2)]
@@ -351,8 +375,10 @@ def test_an_agent_is_told_what_is_out_once_nginx_knows() -> None:
 
 def test_a_use_is_written_as_the_contract_has_it() -> None:
     use = Use(True, "", "ok", since=2.0)
-    assert set(use.written()) == {"use", "why", "check", "operator", "leaving", "kept", "since"}
+    assert set(use.written()) == {"use", "why", "check", "operator", "leaving", "kept", "since", "share"}
     assert Use.remembered(use.written()) == use
+    former = {name: value for name, value in use.written().items() if name != "share"}
+    assert Use.remembered(former) == use
 
 
 @pytest.mark.parametrize("text", ["", "none", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])

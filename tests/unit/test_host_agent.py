@@ -117,7 +117,7 @@ def test_the_word_of_an_operator() -> None:
     assert host_agent.word(None)["operator"] == "up"
     said = host_agent.spoken("drained", "ada", "2026-11-30T00:00:00Z", "new fan")
     drained = {"operator": "drained", "by": "ada", "since": "2026-11-30T00:00:00Z", "reason": "new fan"}
-    assert host_agent.word(said) == {**drained, "turn": "", "force": ""}
+    assert host_agent.word(said) == {**drained, "turn": "", "force": "", "share": ""}
     for broken in ("", "{", "[]", "null", '{"operator": "sideways"}', '{"operator": null}'):
         assert host_agent.word(broken)["operator"] == "drained"
         assert "cannot be read" in host_agent.word(broken)["reason"]
@@ -334,6 +334,7 @@ def test_a_gateway_asks_again_and_again_in_one_connection(running: Running) -> N
                 "reason": "fan",
                 "turn": "",
                 "force": "",
+                "share": "",
                 "leaving": False,
             }
             assert answer["instances"]["embed"]["leaving"] is True

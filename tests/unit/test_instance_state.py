@@ -23,6 +23,7 @@ ADA = host_agent.word(host_agent.spoken("drained", "ada", "monday", "new fan"))
 STOPPED = host_agent.word(host_agent.spoken("stopped", "ada", "monday", "moved"))
 TURN = host_agent.word(host_agent.spoken("drained", "bob@ctl", "monday", "0.34", "upgrade"))
 UP = host_agent.word(None)
+CANARY = host_agent.word(host_agent.spoken("up", "bob@ctl", "tuesday", "", "upgrade", share="10"))
 
 
 def wanted(operator: str, **given: Any) -> Wanted:
@@ -57,6 +58,14 @@ def wanted(operator: str, **given: Any) -> Wanted:
         (TURN, wanted("drained", turn="upgrade"), TURN),
         (TURN, wanted("drained", turn="site"), {**TURN, "turn": "site"}),
         ({**TURN, "by": "eve"}, wanted("drained", turn="upgrade"), TURN),
+        # a canary
+        (TURN, wanted("up", turn="upgrade", share=10), CANARY),
+        (UP, wanted("up", turn="upgrade", share=10), CANARY),
+        (CANARY, wanted("up", turn="upgrade", share=10), CANARY),
+        (CANARY, wanted("up", turn="site"), {"operator": "up", "by": "bob@ctl", "since": "tuesday"}),
+        (CANARY, wanted("up"), {"operator": "up", "by": "bob@ctl", "since": "tuesday"}),
+        (CANARY, wanted("drained", turn="upgrade", share=10), {"operator": "drained", "by": "bob@ctl", "since": "tuesday", "turn": "upgrade"}),
+        (ADA, wanted("up", turn="upgrade", share=10), ADA),
     ],
 )  # fmt: skip
 def test_what_becomes_of_a_word(before: Mapping[str, str], said: Wanted, after: Mapping[str, str]) -> None:
@@ -76,6 +85,13 @@ def test_a_turn_stops_nothing_on_purpose() -> None:
     assert instance_state.problem(wanted("stopped")) == ""
 
 
+@pytest.mark.parametrize("share", [-1, 0, 101])
+def test_a_share_is_a_percentage(share: int) -> None:
+    assert (
+        instance_state.problem(wanted("up", share=share)) == f"share is {share}; it must be a percentage from 1 to 100"
+    )
+
+
 def test_a_word_in_its_file() -> None:
     assert json.loads(host_agent.spoken("up", "ada", "now", "")) == {
         "operator": "up",
@@ -86,6 +102,8 @@ def test_a_word_in_its_file() -> None:
     assert host_agent.word(host_agent.spoken(**TURN)) == TURN
     forced = {**ADA, "force": "yes"}
     assert host_agent.word(host_agent.spoken(**forced)) == forced
+    assert host_agent.word(host_agent.spoken(**CANARY)) == CANARY
+    assert instance_state.in_words(CANARY) == "up with 10 % of the requests for a turn (upgrade) by bob@ctl"
 
 
 class Clockwork:

@@ -246,7 +246,7 @@ class Service:
         if self.silent.pop(host, 0.0) < 0:
             log(f"{host}: its agent answers again")
         if self.wishes != before:
-            known = {name: wish.written() for name, wish in self.wishes.items() if wish.wants_out}
+            known = {name: wish.written() for name, wish in self.wishes.items() if wish.wants_something}
             self.write_down(self.settings.memory / WISHES, known)
             self.changed.set()
 

@@ -5,9 +5,9 @@ local state = require "state"
 local balance = {}
 
 -- How much a backend has to do. Nothing when it may not be asked: it is not used, has just failed this request, or takes no more.
--- `moment` is what all of a request's choices go by: used, failing, avoided.
+-- `moment` is what all of a request's choices go by: used, failing, avoided, spared.
 local function load_of(backend, moment)
-    if not moment.used[backend.id] or backend == moment.avoided then
+    if not moment.used[backend.id] or backend == moment.avoided or moment.spared and moment.spared[backend.id] then
         return nil
     end
     local running = state.in_flight_of(backend.id)
@@ -83,17 +83,39 @@ local function same(route, key, moment)
     return route.by_id[id]
 end
 
--- A route and a backend for a request, or nothing when none can take it. `keys` has what the request has in common with former ones, by the way in
--- which a route is balanced.
-function balance.pick(routes, keys, avoided)
-    local used, failing = state.look()
-    local moment = { used = used, failing = failing, avoided = avoided }
+-- Which of those that get a share only do not get this request. Nothing where there are none.
+local function spared_of(shares)
+    local spared
+    for id, share in pairs(shares) do
+        if math.random() >= share then
+            spared = spared or {}
+            spared[id] = true
+        end
+    end
+    return spared
+end
+
+local function pick(routes, keys, moment)
     local route = #routes == 1 and routes[1] or drawn(routes, moment)
     if not route then
         return nil
     end
     local key = keys and keys[route.balance]
     return route, key and same(route, key, moment) or least(route, moment)
+end
+
+-- A route and a backend for a request, or nothing when none can take it. `keys` has what the request has in common with former ones, by the way in
+-- which a route is balanced.
+function balance.pick(routes, keys, avoided)
+    local used, failing, shares = state.look()
+    local moment = { used = used, failing = failing, avoided = avoided, spared = shares and spared_of(shares) }
+    local route, backend = pick(routes, keys, moment)
+    if not backend and moment.spared then
+        -- nobody else takes it
+        moment.spared = nil
+        return pick(routes, keys, moment)
+    end
+    return route, backend
 end
 
 -- Whether there is a backend that could take requests, were it not full.

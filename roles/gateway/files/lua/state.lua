@@ -17,7 +17,7 @@ local file_name
 local last_text
 
 -- What this worker has read of the state, and which one it was: most requests find it unchanged.
-local used, known = {}, nil
+local used, shares, known = {}, nil, nil
 
 local all_key, failed_key = keys("in:"), keys("failed:")
 -- Of what this worker has in flight.
@@ -47,6 +47,7 @@ local function adopt(text)
         end
         shared:set("use:" .. id, use)
         shared:set("leaving:" .. id, backend.leaving == true)
+        shared:set("share:" .. id, tonumber(backend.share) or 1)
     end
     shared:set("time", tonumber(told.time) or 0)
     for _, name in ipairs(state.CERTIFICATES) do
@@ -102,16 +103,22 @@ function state.load(name)
     state.read()
 end
 
--- The backends that are used, as a set of ids, and whether any has failed lately. What it returns is so at this moment: to be asked for each request.
+-- The backends that are used, as a set of ids; whether any has failed lately; and those that get a share of the requests only, with it, or nothing
+-- where there are none. What it returns is so at this moment: to be asked for each request.
 function state.look()
     local changes = shared:get("changes")
     if changes ~= known then
-        known = changes
+        known, shares = changes, nil
         for id in pairs(fleet.backends) do
             used[id] = shared:get("use:" .. id) == true
+            local share = shared:get("share:" .. id) or 1
+            if share < 1 then
+                shares = shares or {}
+                shares[id] = share
+            end
         end
     end
-    return used, shared:get("failing") == true
+    return used, shared:get("failing") == true, shares
 end
 
 function state.used(id)
