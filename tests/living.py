@@ -123,6 +123,16 @@ class Living:
                 return str(line["upstream_addr"])
         return ""
 
+    def first_token(self, worker: str, since: float, instance: str = "chat") -> float:
+        """Seconds until a client had the first token of an instance as it runs now."""
+        told = on(worker, f"systemctl show --timestamp=unix --property ExecMainStartTimestamp --value vllm@{instance}")
+        started = float(told.strip().removeprefix("@"))
+        address = f"{self.fleet.addresses[worker]}:{PORTS[instance]}"
+        streams = [one for one in list(self.load.outcomes) if one.begun > started and not math.isnan(one.first)]
+        streams.sort(key=lambda one: one.begun + one.first)
+        first = next(one for one in streams if address in self.upstreams(one))
+        return first.begun + first.first - since
+
     @contextmanager
     def asked(self, name: str, may_fail: Callable[[Outcome], bool] | None = None) -> Iterator[list[Outcome]]:
         """Clients ask meanwhile; a request that fails, fails this, unless it is one of those that nobody can save. Those are listed."""

@@ -6,6 +6,7 @@ The short form of tests/drills/test_living.py. vLLM is the stand-in; the tests r
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -57,10 +58,13 @@ def test_a_version_that_does_not_start_stays_with_its_first_host(fleet: Living) 
 
 
 def test_a_rollback_loses_no_request_and_holds(fleet: Living) -> None:
+    begun = time.time()
     with fleet.asked("rollback.yml"):
         done = fleet.fleet.run("-e", "fleet_instance=chat", playbook="playbooks/rollback.yml")
     FIGURES["rollback.yml, three hosts"] = f"{done.seconds:.0f} s"
     assert done.status == 0, done.output
+    seconds = fleet.first_token(fleet.workers[0], begun)
+    FIGURES["rollback.yml, until a client has a token of the version of before"] = f"{seconds:.0f} s"
     assert set(fleet.versions().values()) == {OLD}
     assert {fleet.version(worker, "code") for worker in fleet.workers} == {NEW}, "one instance alone went back"
     fleet.whole()
