@@ -7,13 +7,15 @@ import ipaddress
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 
-def make_pair(days: int = 30, name: str = "given.test", *also: str) -> tuple[str, str]:
-    """A certificate that signs itself, valid for so many days from now, and its key; both PEM. `also`: further names."""
-    key = ec.generate_private_key(ec.SECP256R1())
+def make_pair(days: int = 30, name: str = "given.test", *also: str, rsa_bits: int = 0) -> tuple[str, str]:
+    """A certificate that signs itself, valid for so many days from now, and its key; both PEM. `also`: further names. With `rsa_bits` it is RSA."""
+    key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey = (
+        rsa.generate_private_key(65537, rsa_bits) if rsa_bits else ec.generate_private_key(ec.SECP256R1())
+    )
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     begin = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=60)
     signed = (
