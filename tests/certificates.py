@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+from collections.abc import Sequence
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -68,10 +69,13 @@ class Authority:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         ).decode()
 
-    def sign(self, name: str, address: str = "127.0.0.1", days: int = 30, client: bool = True) -> tuple[str, str]:
-        """A certificate for a host and its key, both PEM; without `client` it is for a server and nothing else."""
+    def sign(
+        self, name: str, address: str = "127.0.0.1", days: int = 30, client: bool = True, names: Sequence[str] = ()
+    ) -> tuple[str, str]:
+        """A certificate for a host and its key, both PEM; without `client` it is for a server and nothing else. `names`: what clients call it."""
         key = ec.generate_private_key(ec.SECP256R1())
         usages = [ExtendedKeyUsageOID.SERVER_AUTH, *([ExtendedKeyUsageOID.CLIENT_AUTH] if client else [])]
+        called = [x509.IPAddress(ipaddress.ip_address(address)), *map(x509.DNSName, names)]
         begin = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=60)
         signed = (
             x509.CertificateBuilder(
@@ -82,7 +86,7 @@ class Authority:
             )
             .not_valid_before(begin)
             .not_valid_after(begin + datetime.timedelta(days=60 + days))
-            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))]), critical=False)
+            .add_extension(x509.SubjectAlternativeName(called), critical=False)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
             .sign(self.key, hashes.SHA256())

@@ -330,9 +330,16 @@ def configuration(directory: Path, variables: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def running(
-    directory: Path, fleet: dict[str, Any], used: Sequence[str] | None = None, **variables: Any
+    directory: Path,
+    fleet: dict[str, Any],
+    used: Sequence[str] | None = None,
+    pair: tuple[str, str] | None = None,
+    **variables: Any,
 ) -> Iterator[Gateway]:
-    """A gateway with this fleet.json, whose state says that these backends are used; without any, there is no state. Further variables of the role."""
+    """A gateway with this fleet.json, whose state says that these backends are used; without any, there is no state. Further variables of the role.
+
+    `pair` is its certificate, with those up to the one that clients trust, and its key; without one it signs itself.
+    """
     for place in (
         "etc/vllm-gateway",
         "etc/ssl/vllm-fleet",
@@ -341,7 +348,7 @@ def running(
         "var/log/nginx",
     ):
         (directory / place).mkdir(parents=True)
-    certificate, key = make_pair(30, NAME, RESOLVED)
+    certificate, key = pair or make_pair(30, NAME, RESOLVED)
     (directory / "etc/ssl/vllm-fleet/fullchain.pem").write_text(certificate)
     (directory / "etc/ssl/vllm-fleet/privkey.pem").write_text(key)
     (directory / "etc/vllm-gateway/internal_key").write_text(INTERNAL + "\n")

@@ -25,8 +25,8 @@ class StandIn(Backend):
 
 
 @contextlib.contextmanager
-def served(directory: Path, odd: Backend) -> Iterator[Gateway]:
-    """The models `generate` (also as gpt-4o) and `embed` of stand-ins, and `odd`."""
+def served(directory: Path, odd: Backend, settings: dict[str, Any] | None = None, **more: Any) -> Iterator[Gateway]:
+    """The models `generate` (also as gpt-4o) and `embed` of stand-ins, and `odd`. Settings of its fleet.json; more for who runs it."""
     site, backends = unpack(directory), []
     with contextlib.ExitStack() as stack:
         for kind in ("generate", "embed"):
@@ -51,4 +51,6 @@ def served(directory: Path, odd: Backend) -> Iterator[Gateway]:
         ]
         clients: dict[str, dict[str, Any]] = {"team-a": {}, "few": {"concurrent_requests": 1, "models": ["odd"]}}
         keys = {KEY: {"client": "team-a"}, FEW: {"client": "few"}}
-        yield stack.enter_context(running(directory / "gateway", document(routes, [chat, embed, odd], clients, keys)))
+        told = document(routes, [chat, embed, odd], clients, keys)
+        told["settings"] |= settings or {}
+        yield stack.enter_context(running(directory / "gateway", told, **more))

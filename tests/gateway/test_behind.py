@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def seen(gateway: Gateway, connection: http.client.HTTPConnection, forwarded: st
 @pytest.fixture
 def behind(directory: Path) -> Iterator[Gateway]:
     """A gateway that trusts one proxy, and a second one behind it."""
-    limits = {"gateway_unauthorized_requests_per_minute": 1, "gateway_unauthorized_burst": 0}
+    limits: dict[str, Any] = {"gateway_unauthorized_requests_per_minute": 1, "gateway_unauthorized_burst": 0}
     with running(directory, FLEET, [ONLY.id], gateway_trusted_proxies=[PROXY, "10.0.0.0/8"], **limits) as gateway:
         yield gateway
 

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,7 +94,7 @@ def test_a_worker_that_is_killed_holds_nothing(gateway: Gateway) -> None:
 
 
 def test_guessing_keys_is_slowed_down(tmp_path: Path) -> None:
-    limits = {"gateway_unauthorized_requests_per_minute": 30, "gateway_unauthorized_burst": 5}
+    limits: dict[str, Any] = {"gateway_unauthorized_requests_per_minute": 30, "gateway_unauthorized_burst": 5}
     with running(tmp_path, FLEET, [ONLY.id], **limits) as gateway:
         told = [gateway.ask(CHAT, BODY, key="guess") for _ in range(10)]
         assert [answer.status for answer in told] == [401] * 6 + [429] * 4
@@ -103,7 +104,7 @@ def test_guessing_keys_is_slowed_down(tmp_path: Path) -> None:
 
 
 def test_an_address_has_limits_of_its_own(tmp_path: Path) -> None:
-    limits = {
+    limits: dict[str, Any] = {
         "gateway_address_requests_per_minute": 60,
         "gateway_address_burst": 3,
         "gateway_address_concurrent_requests": 2,

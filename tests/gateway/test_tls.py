@@ -43,13 +43,8 @@ def names(ciphers: dict[str, Any]) -> set[str]:
 def test_the_judge_finds_nothing(tmp_path: Path, kind: str) -> None:
     """Nothing but that nobody else trusts a certificate that signs itself."""
     only = Backend("chat@gpu-1")
-    with running(tmp_path, document([route("small", [only])], [only]), [only.id]) as gateway:
-        if kind == "RSA":
-            certificate, key = make_pair(30, NAME, rsa_bits=2048)
-            gateway.write("etc/ssl/vllm-fleet/fullchain.pem", certificate)
-            gateway.write("etc/ssl/vllm-fleet/privkey.pem", key)
-            gateway.tls.load_verify_locations(cadata=certificate)
-            gateway.restart()
+    pair = make_pair(30, NAME, rsa_bits=2048 if kind == "RSA" else 0)
+    with running(tmp_path, document([route("small", [only])], [only]), [only.id], pair) as gateway:
         found, missed = judged(gateway)
     assert missed == ["certificate_path_validation"]
     spoken = [name for name in PROTOCOLS if found[f"{name}_cipher_suites"]["is_tls_version_supported"]]
