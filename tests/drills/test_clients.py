@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,12 +19,11 @@ from typing import Any
 
 import pytest
 
+from tests.drills.conftest import CACHE, CLIENTS
 from tests.gateway.backends import Asked, Backend, Handler, failing, tokens
 from tests.gateway.harness import KEY, Gateway
 from tests.gateway.stand_ins import served
 
-CLIENTS = Path(__file__).parent / "clients"
-CACHE = Path(__file__).resolve().parents[2] / ".cache" / "clients"
 TOLD = {"chat": "Paris is the", "stream": " Paris is the", "tool": "weather", "refused": [404, "model_not_found"]}
 ODD = Backend("odd@gpu-2")
 
@@ -110,24 +108,13 @@ def python() -> str:
     return str(environment / "bin" / "python")
 
 
-@pytest.fixture(scope="module")
-def node() -> str:
-    """A directory with the library for Node in it."""
-    if not shutil.which("npm"):
-        pytest.skip("Node is not here")
-    directory = CACHE / "node"
-    shutil.copytree(CLIENTS, directory, dirs_exist_ok=True)
-    subprocess.run(["npm", "ci", "--no-audit", "--no-fund", "--silent"], cwd=directory, check=True)
-    return str(directory)
-
-
-def told(gateway: Gateway, *command: str) -> dict[str, Any]:
+def told(gateway: Gateway, *command: str, **more: str) -> dict[str, Any]:
     """What a library got. Its last request is a stream that it gives up, and the backend has to hear of that."""
     ODD.reset()
     ODD.answer = lambda handler, asked: (messages if "messages" in asked.path else chat)(handler, asked)
     environment = {
         "BASE_URL": gateway.base_url, "API_KEY": KEY, "SSL_CERT_FILE": str(gateway.ca_file), "NODE_EXTRA_CA_CERTS": str(gateway.ca_file),
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True", **more,
     }  # fmt: skip
     done = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False
