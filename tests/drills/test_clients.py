@@ -1,4 +1,4 @@
-"""Libraries that people use, each in the version of clients/requirements.txt and clients/package-lock.json, against a gateway with stand-ins behind it.
+"""Libraries that people use, each in the version of its lock in clients/, and a program that measures, against a gateway with stand-ins behind it.
 
 By hand (two minutes, most of them for packages; needs Nginx with its Lua module, and Node for one of them):
 
@@ -21,7 +21,7 @@ import pytest
 
 from tests.drills.conftest import CACHE, CLIENTS
 from tests.gateway.backends import Asked, Backend, Handler, failing, tokens
-from tests.gateway.harness import KEY, Gateway
+from tests.gateway.harness import CHAT, KEY, Gateway
 from tests.gateway.stand_ins import served
 
 TOLD = {"chat": "Paris is the", "stream": " Paris is the", "tool": "weather", "refused": [404, "model_not_found"]}
@@ -93,19 +93,26 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         yield gateway
 
 
+def environment(name: str, lock: str) -> Path:
+    """The programs of an environment with what a lock names."""
+    made = CACHE / name
+    uv = str(Path(sys.prefix, "bin", "uv"))
+    # torch, which guidellm needs, is no package of PyPI in its build for CPUs
+    find_links = os.environ.get("PIP_FIND_LINKS", "")
+    source = ["--find-links", find_links] if find_links else ["--torch-backend", "cpu"]
+    if not (made / "bin" / "python").exists():
+        subprocess.run([uv, "venv", "--quiet", "--python", "3.11", str(made)], check=True)
+    subprocess.run(
+        [uv, "pip", "sync", "--quiet", "--require-hashes", *source, "--python", str(made / "bin" / "python"), str(CLIENTS / lock)],
+        check=True,
+    )  # fmt: skip
+    return made / "bin"
+
+
 @pytest.fixture(scope="module")
 def python() -> str:
     """Python with the libraries."""
-    environment = CACHE / "python"
-    uv = str(Path(sys.prefix, "bin", "uv"))
-    if not (environment / "bin" / "python").exists():
-        subprocess.run([uv, "venv", "--quiet", str(environment)], check=True)
-    lock = str(CLIENTS / "requirements.txt")
-    subprocess.run(
-        [uv, "pip", "sync", "--quiet", "--require-hashes", "--python", str(environment / "bin" / "python"), lock],
-        check=True,
-    )
-    return str(environment / "bin" / "python")
+    return str(environment("python", "requirements.txt") / "python")
 
 
 def told(gateway: Gateway, *command: str, **more: str) -> dict[str, Any]:
@@ -148,3 +155,47 @@ def test_litellm(gateway: Gateway, python: str) -> None:
 def test_anthropic(gateway: Gateway, python: str) -> None:
     said = told(gateway, python, str(CLIENTS / "ask_anthropic.py"))
     assert said == {**TOLD, "models": ["generate", "embed", "odd"], "model": "embed", "tokens": 7}
+
+
+def test_guidellm(gateway: Gateway, tmp_path: Path) -> None:
+    """Its requests all succeed, over HTTP/2, and what it counts is what the gateway counts."""
+    guidellm = environment("guidellm", "requirements-guidellm.txt") / "guidellm"
+    sizes = [(5 + number % 7, 3 + number % 5) for number in range(60)]
+    rows = [f"{' '.join(['word'] * prompt)},{answer}" for prompt, answer in sizes]
+    (tmp_path / "prompts.csv").write_text("\n".join(["prompt,output_tokens_count", *rows]) + "\n")
+    backend = {"kind": "openai_http", "target": gateway.base_url, "model": "gpt-4o", "api_key": KEY, "verify": True}
+    spec = {
+        "backend": backend, "profile": {"kind": "concurrent", "streams": 6}, "constraints": [{"kind": "max_requests", "count": len(sizes)}],
+        "tokenizer": {"kind": "huggingface_auto", "model": str(gateway.directory.parent / "generate/generate")},
+        "data": [{"kind": "csv_file", "path": str(tmp_path / "prompts.csv")}], "outputs": [{"kind": "json", "path": str(tmp_path / "told.json")}],
+    }  # fmt: skip
+    (tmp_path / "scenario.json").write_text(json.dumps({"spec": spec, "benchmarks": [None]}))
+    before, lines = gateway.metrics(), len(gateway.log(0))
+    done = subprocess.run(
+        [str(guidellm), "run", "--disable-console-interactive", "-c", str(tmp_path / "scenario.json")], cwd=tmp_path,
+        env={**os.environ, "SSL_CERT_FILE": str(gateway.ca_file), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    (benchmark,) = json.loads((tmp_path / "told.json").read_text())["benchmarks"]
+    assert benchmark["metrics"]["request_totals"] == {
+        "successful": len(sizes), "errored": 0, "incomplete": 0, "total": len(sizes),
+    }  # fmt: skip
+    counted = [
+        sum(one[f"{kind}_tokens"] for one in benchmark["requests"]["successful"]) for kind in ("prompt", "output")
+    ]
+    assert counted == [sum(column) for column in zip(*sizes, strict=True)]
+    labels = '{client="team-a",model="generate",instance="generate"}'
+    after = gateway.metrics()
+    names = [f"vllm_gateway_{kind}_tokens_total{labels}" for kind in ("prompt", "completion")]
+    assert [after[name] - before.get(name, 0) for name in names] == counted
+    logged = [line for line in gateway.log(lines + len(sizes))[lines:] if line["uri"] == CHAT]
+    assert [sum(int(line[f"{kind}_tokens"]) for line in logged) for kind in ("prompt", "completion")] == counted
+    assert {(line["status"], line["estimated"], line["protocol"]) for line in logged} == {("200", "", "HTTP/2.0")}
+    print(
+        json.dumps(
+            {
+                name: round(benchmark["metrics"][name]["successful"]["median"], 1)
+                for name in ("time_to_first_token_ms", "inter_token_latency_ms")
+            }
+        )
+    )

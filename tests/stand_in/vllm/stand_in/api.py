@@ -57,11 +57,11 @@ def models(served: Served) -> dict[str, Any]:
 
 
 def count(text: Any) -> int:
-    """The tokens of a prompt: its words, for a prompt of words, its length for one of tokens."""
+    """The tokens of a prompt: its words, for a prompt of words, its length for one of tokens. Of a chat, those of its messages or of their parts."""
     if isinstance(text, str):
         return max(1, len(text.split()))
     if isinstance(text, list) and text and isinstance(text[0], dict):
-        return sum(count(message.get("content") or "") for message in text)
+        return sum(count(one.get("content") or one.get("text") or "") for one in text)
     if isinstance(text, list) and text and not isinstance(text[0], int):
         return sum(map(count, text))
     return len(text) if isinstance(text, list) else 1
