@@ -143,7 +143,7 @@ def it_chats(server: Server) -> None:
     assert told["usage"]["completion_tokens"] == 3
     parts = [{"role": "user", "content": [{"type": "text", "text": "What is the capital of France?"}]}]
     in_parts = server.ask("/v1/chat/completions", chat(server, messages=parts)).json()
-    assert in_parts["usage"] == told["usage"]
+    assert in_parts["usage"]["prompt_tokens"] == told["usage"]["prompt_tokens"]
 
 
 def it_tells_how_likely_a_prompt_is(server: Server) -> None:
