@@ -26,6 +26,14 @@ def bind_address(hostvars: fleet.HostVars, host: str, gateways: Sequence[str]) -
         raise AnsibleFilterError(str(error)) from None
 
 
+def backend_tls(hostvars: fleet.HostVars, host: str, gateways: Sequence[str]) -> bool:
+    """Whether the instances of a host are to speak TLS."""
+    try:
+        return fleet.backend_tls(hostvars, host, gateways)
+    except fleet.FleetError as error:
+        raise AnsibleFilterError(str(error)) from None
+
+
 def bind_address_problems(hostvars: fleet.HostVars, host: str, gateways: Sequence[str]) -> list[str]:
     """Why it cannot be told where vLLM listens."""
     try:
@@ -66,6 +74,7 @@ class FilterModule:
             for function in (
                 fleet_address,
                 bind_address,
+                backend_tls,
                 bind_address_problems,
                 fleet_variable_problems,
                 fleet_shared_problems,

@@ -37,7 +37,7 @@ AGENT_PORT = 9440
 FETCHING_OPTIONS = ("allowed-media-domains", "kv-transfer-config", "ec-transfer-config")
 
 # The variables of a host that say what it serves, and where.
-OF_BACKENDS = ("vllm_instances", "fleet_address", "ansible_host", "host_agent_port")
+OF_BACKENDS = ("vllm_instances", "fleet_address", "ansible_host", "host_agent_port", "fleet_backend_tls")
 
 HostVars = Mapping[str, Mapping[str, Any]]
 
@@ -251,6 +251,13 @@ def fleet_address(hostvars: HostVars, host: str) -> str:
 def bind_address(hostvars: HostVars, host: str, gateways: Sequence[str]) -> str:
     """The address that vLLM on this host listens on: loopback when the only gateway is the host itself."""
     return LOOPBACK if list(gateways) == [host] else fleet_address(hostvars, host)
+
+
+def backend_tls(hostvars: HostVars, host: str, gateways: Sequence[str]) -> bool:
+    """Whether the instances of a host are to speak TLS: where the fleet wants it, and a network is between them and a gateway."""
+    return (
+        truth(hostvars[host].get("fleet_backend_tls") or False) and bind_address(hostvars, host, gateways) != LOOPBACK
+    )
 
 
 def agent_endpoint(hostvars: HostVars, host: str, gateways: Sequence[str]) -> str:

@@ -27,6 +27,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils import (
     generations_host,
     host,
     host_agent,
+    instance_tls,
     silence,
     systemctl,
     vllm_keys,
@@ -271,11 +272,12 @@ async def asked(opening: Any, path: str, patience: float) -> str:
     return host_agent.content(await asyncio.wait_for(exchange(), patience))
 
 
-async def sampled(address: str, port: int, apart: float, patience: float) -> dict[str, Any]:
+async def sampled(scheme: str, address: str, port: int, apart: float, patience: float) -> dict[str, Any]:
     """What an instance does, by two looks at its metrics; why where it does not say."""
 
     async def once() -> tuple[float, dict[str, float]]:
-        text = await asked(asyncio.open_connection(address, port), "/metrics", patience)
+        tls = instance_tls.context() if scheme == instance_tls.HTTPS else None
+        text = await asked(asyncio.open_connection(address, port, ssl=tls), "/metrics", patience)
         return time.monotonic(), metrics(text)
 
     try:
@@ -301,7 +303,7 @@ def no_answer(error: Exception, patience: float) -> str:
 
 
 async def everything(
-    instances: Mapping[str, tuple[str, int]], admin: Path | None, apart: float, patience: float
+    instances: Mapping[str, tuple[str, str, int]], admin: Path | None, apart: float, patience: float
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """All instances at once, and what Nginx says on the socket for its administrators."""
 
@@ -314,7 +316,7 @@ async def everything(
             return ""
 
     nginx = asyncio.ensure_future(gateway())
-    said = [sampled(address, port, apart, patience) for address, port in instances.values()]
+    said = [sampled(scheme, address, port, apart, patience) for scheme, address, port in instances.values()]
     found = await asyncio.gather(*said)
     return dict(zip(instances, found, strict=True)), await nginx
 
@@ -381,7 +383,7 @@ class Look:
 
         states = systemctl.by_unit(self.output("units", systemd))
         running = {
-            name: (details[name]["address"], details[name]["port"])
+            name: (details[name]["scheme"], details[name]["address"], details[name]["port"])
             for name in self.names
             if states.get(f"vllm@{name}.service", {}).get("ActiveState") == "active" and details[name].get("port")
         }
@@ -400,7 +402,7 @@ class Look:
         instances = [
             {
                 "name": name,
-                **{key: value for key, value in details[name].items() if key not in ("address", "switched")},
+                **{key: value for key, value in details[name].items() if key not in ("scheme", "address", "switched")},
                 **self.unit_of(
                     name,
                     states.get(f"vllm@{name}.service", {}),
@@ -458,6 +460,7 @@ class Look:
             "previous": max((one for one in confirmed if one < (current or 0)), default=None),
             "running_generation": one.started(),
             "held": line_of(one.held()),
+            "scheme": url.scheme or instance_tls.HTTP,
             "address": url.hostname or "127.0.0.1",
             "port": said["port"],
             "gpus": said["gpus"],

@@ -53,6 +53,8 @@ class Backend:
     port: int
     model: str
     agent: str = ""
+    # Whether it speaks TLS, as the inventory has it: until its host says by what it is asked.
+    tls: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class Fleet:
 def backend(name: str, told: Mapping[str, Any], model: str) -> Backend:
     """A backend of fleet.json."""
     port, agent = int(told["port"]), str(told.get("agent") or "")
-    return Backend(name, str(told["instance"]), str(told["host"]), str(told["address"]), port, model, agent)
+    tls = told.get("tls") is True
+    return Backend(name, str(told["instance"]), str(told["host"]), str(told["address"]), port, model, agent, tls)
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,8 @@ class Wish:
     force: bool = False
     # Of a route's requests, how much it gets at most; 1: as many as the others.
     share: float = 1.0
+    # By what its current generation is asked: a fact of the host, and no wish. Empty until the host has said it.
+    scheme: str = ""
 
     @classmethod
     def of(cls, told: Mapping[str, Any], before: Wish, now: float) -> Wish:
@@ -214,7 +219,10 @@ class Wish:
         operator = str(told.get("operator") or "up")
         by, reason, sick = (str(told.get(name) or "") for name in ("by", "reason", "sick"))
         force = operator != "up" and bool(told.get("force"))
-        wish = cls(operator, bool(told.get("leaving")), by, reason, sick=sick, force=force, share=share(told))
+        scheme = str(told.get("scheme") or before.scheme)
+        wish = cls(
+            operator, bool(told.get("leaving")), by, reason, sick=sick, force=force, share=share(told), scheme=scheme
+        )
         if not wish.wants_out:
             return wish
         asked = [
@@ -239,9 +247,9 @@ class Wish:
         return self.leaving or self.operator != "up" or bool(self.sick)
 
     @property
-    def wants_something(self) -> bool:
+    def says_something(self) -> bool:
         """Whether it is worth remembering."""
-        return self.wants_out or self.share < 1
+        return self.wants_out or self.share < 1 or bool(self.scheme)
 
     @property
     def words(self) -> str:
@@ -282,12 +290,13 @@ class Use:
     kept: bool = False
     since: float = 0.0
     share: float = 1.0
+    # By what Nginx asks it.
+    tls: bool = False
 
     @classmethod
     def remembered(cls, told: Mapping[str, Any]) -> Use:
-        """As state.json has it; the one of a former release has no share."""
-        fields = [name for name in cls.__dataclass_fields__ if name != "share"]
-        return cls(**{name: told[name] for name in fields}, share=float(told.get("share", 1.0)))
+        """As state.json has it, also one that a former version wrote."""
+        return cls(**{name: told[name] for name in cls.__dataclass_fields__ if name in told})
 
     def written(self) -> dict[str, Any]:
         """As state.json has it."""
@@ -300,8 +309,9 @@ def decide(
     wishes: Mapping[str, Wish],
     before: Mapping[str, Use],
     now: float,
+    secured: Set[str] = frozenset(),
 ) -> dict[str, Use]:
-    """Which backends are used now.
+    """Which backends are used now; `secured` are those that speak TLS.
 
     The minimum of a route keeps who is used and answers from leaving, unless an operator forces it. It brings nobody in: who was let go may be gone
     in the next moment.
@@ -327,7 +337,17 @@ def decide(
         why = one.words if one.wants_out or check.result == "ok" else check.why
         if kept is not None:
             why = f"{why}; kept, because the route {kept.model} needs at least {kept.least} of its backends"
-        use = Use(name in available, why, check.result, one.operator, one.leaving, kept is not None, now, one.share)
+        use = Use(
+            name in available,
+            why,
+            check.result,
+            one.operator,
+            one.leaving,
+            kept is not None,
+            now,
+            one.share,
+            name in secured,
+        )
         last = before.get(name)
         found[name] = (
             replace(use, since=last.since) if last and replace(use, since=last.since, why=last.why) == last else use

@@ -7,10 +7,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import ssl
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,20 +114,39 @@ def in_url(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
+async def connected(address: str, port: int, tls: ssl.SSLContext | None, seconds: float) -> Opened:
+    """A connection that is there within so many seconds. The handshake of TLS is made by the server itself, which may be busy: it has the time
+    that an answer has.
+    """
+    if tls is None:
+        return await asyncio.wait_for(asyncio.open_connection(address, port), seconds)
+    made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        made.setblocking(False)
+        await asyncio.wait_for(asyncio.get_running_loop().sock_connect(made, (address, port)), seconds)
+        return await asyncio.open_connection(sock=made, ssl=tls, server_hostname=address)
+    except BaseException:
+        made.close()
+        raise
+
+
 class Asker:
     """Asks one backend, as the gate of the role vllm does: with the smallest question of its kind, and for its metrics."""
 
-    def __init__(self, backend: Backend, key: str, times: Times) -> None:
+    def __init__(
+        self, backend: Backend, key: str, times: Times, tls: Callable[[], ssl.SSLContext | None] = lambda: None
+    ) -> None:
         self.backend, self.times = backend, times
+        # What it is asked with at this moment, nothing for plain HTTP; raises OSError or AnswerError where it cannot be asked.
+        self.tls = tls
         self.headers = {"Authorization": f"Bearer {key}", "Connection": "close"}
         self.host = f"{in_url(backend.address)}:{backend.port}"
         self.kind = ""
 
     async def request(self, method: str, path: str, body: bytes = b"", kind: str = "") -> tuple[int, bytes]:
         """Status and body of one answer, on a connection of its own: that there is one to be had is a part of the check."""
-        opened = await asyncio.wait_for(
-            asyncio.open_connection(self.backend.address, self.backend.port), self.times.connect
-        )
+        tls = self.tls()
+        opened = await connected(self.backend.address, self.backend.port, tls, self.times.connect)
         try:
             headers = {**self.headers, **({"Content-Type": kind} if kind else {})}
             return await exchange(opened, request(method, path, self.host, headers, body), body)
@@ -201,6 +221,10 @@ def unreachable(error: Exception, seconds: float) -> Answer:
         return Answer(SILENT, f"no connection within {seconds:g} s")
     if isinstance(error, AnswerError):
         return Answer(FAILED, str(error))
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return Answer(
+            FAILED, one_line(f"its certificate is not the one of the fleet that was expected: {error.verify_message}")
+        )
     return Answer(FAILED, one_line(getattr(error, "strerror", "") or error or type(error).__name__))
 
 

@@ -65,6 +65,7 @@ def backends(
             "address": backend.address,
             "port": backend.instance.port,
             "agent": fleet.agent_endpoint(hostvars, backend.instance.host, gateways),
+            "tls": fleet.backend_tls(hostvars, backend.instance.host, gateways),
             "most_requests": most_requests(backend.instance),
         }
         for found in behind.values()

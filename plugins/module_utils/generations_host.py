@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import hashlib
 import json
 import os
@@ -31,6 +32,8 @@ HELD = "held"
 FILES = ("config.yaml", "environment", "gate.json", "inputs")
 RUNTIME = Path("/run/vllm")
 UNITS = Path("/etc/systemd/system")
+# The group that may read the key of the host's certificate.
+CERTIFICATE_READERS = "vllm-fleet"
 # Where the operator's word on each instance is kept.
 WORDS = Path("/var/lib/vllm-fleet")
 
@@ -274,6 +277,14 @@ def owner_of(user: str) -> str:
     return f"{found.pw_uid}:{found.pw_gid}"
 
 
+def gid_of(group: str) -> str:
+    """gid of a group; the name of one that is not there yet, as in a run with --check."""
+    try:
+        return str(grp.getgrnam(group).gr_gid)
+    except KeyError:
+        return group
+
+
 def group_of(compose: str) -> int:
     """The gid that a container runs with."""
     return int(json.loads(compose)["services"][vllm_container.SERVICE]["user"].partition(":")[2])
@@ -306,7 +317,7 @@ def wanted_content(wanted: dict[str, Any], inputs: Mapping[str, str], release: s
     if runtime == "systemd":
         return {**content, "release": release}
     container = wanted["container"]
-    file = vllm_container.compose(wanted, config, owner_of(container["user"]), container)
+    file = vllm_container.compose(wanted, config, owner_of(container["user"]), container, gid_of(CERTIFICATE_READERS))
     return {**content, COMPOSE: json.dumps(file, indent=2) + "\n"}
 
 

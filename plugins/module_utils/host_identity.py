@@ -45,9 +45,10 @@ def problems(hostvars: fleet.HostVars, host: str, gateways: Sequence[str]) -> li
 
 
 def agent(hostvars: fleet.HostVars, host: str, gateways: Sequence[str], monitoring: Sequence[str]) -> dict[str, Any]:
-    """What the agent of a host knows: where it listens, who may ask, and its instances."""
+    """What the agent of a host knows: where it listens, who may ask, and its instances, each with the configuration of its current generation."""
     address, _, port = fleet.agent_endpoint(hostvars, host, gateways).rpartition(":")
     bound = hostvars[host].get("vllm_bind_address")
+    generations = str(hostvars[host].get("vllm_config_path") or "/etc/vllm").rstrip("/")
     instances = fleet.instances(hostvars, [host])
     return {
         "host": host,
@@ -59,6 +60,7 @@ def agent(hostvars: fleet.HostVars, host: str, gateways: Sequence[str], monitori
             instance.name: {
                 "address": str(bound or fleet.bind_address(hostvars, host, gateways)),
                 "port": instance.port,
+                "config": f"{generations}/{instance.name}/current/config.yaml",
             }
             for instance in instances
         },

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.gpufleet.llm.plugins.module_utils import files, host_agent, model_kinds
+from ansible_collections.gpufleet.llm.plugins.module_utils import files, host_agent, instance_tls, model_kinds
 
 LOOK_SECONDS = 5.0
 # How often an engine is asked: its metrics are 100 KiB.
@@ -103,7 +103,12 @@ class InstanceHost:
 
     def ask(self, where: dict[str, Any]) -> int | None:
         """What an engine has to do, by its metrics."""
-        connection = http.client.HTTPConnection(where["address"], where["port"], timeout=LOOK_SECONDS)
+        try:
+            # an agent of a former version of this collection knows of no configuration, nor its instances of TLS
+            by = instance_tls.scheme(where.get("config", ""))
+            connection = instance_tls.connection(by, where["address"], where["port"], LOOK_SECONDS)
+        except OSError:
+            return None  # the certificate of the host cannot be read
         try:
             connection.request("GET", "/metrics")
             answer = connection.getresponse()

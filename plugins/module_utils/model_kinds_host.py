@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from ansible_collections.gpufleet.llm.plugins.module_utils import model_kinds
+from ansible_collections.gpufleet.llm.plugins.module_utils import instance_tls, model_kinds
 
 # How vLLM says that it has more requests than it takes (max-num-queued-reqs).
 TOO_MANY = 503
@@ -45,8 +45,8 @@ class Instance:
         self, path: str, timeout: float, body: bytes | None = None, kind: str = "", with_key: bool = True
     ) -> tuple[int, bytes]:
         """Status and body of one answer."""
-        # A connection of its own, never through a proxy: the instance is on this host.
-        connection = http.client.HTTPConnection(self.address.hostname or "", self.address.port, timeout=timeout)
+        port = self.address.port or 0
+        connection = instance_tls.connection(self.address.scheme, self.address.hostname or "", port, timeout)
         headers = {"Authorization": f"Bearer {self.key}"} if with_key else {}
         headers |= {"Content-Type": kind} if kind else {}
         try:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ansible_collections.gpufleet.llm.plugins.module_utils.instance_tls import HTTP
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import CACHES
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_kernels import ATTENTION_WITHOUT_COMPILER
 
@@ -132,7 +133,7 @@ def gate(wanted: Mapping[str, Any], port: int) -> dict[str, Any]:
     return {
         "name": name,
         "unit": f"vllm@{name}.service",
-        "url": f"http://127.0.0.1:{port}",
+        "url": f"{HTTP}://127.0.0.1:{port}",
         "model": MODEL,
     }
 

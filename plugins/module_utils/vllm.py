@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import ssl
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ansible_collections.gpufleet.llm.plugins.module_utils import fleet, vllm_kernels, vllm_named_files
+from ansible_collections.gpufleet.llm.plugins.module_utils.instance_tls import CERTIFICATES, HTTP, HTTPS
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm_named_files import MODEL_NAME, adapters
 
 INSTANCE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
@@ -57,6 +59,16 @@ RENAMED_OPTIONS = {
     "max-long-partial-prefills": "nothing: it was removed in 0.32",
 }
 
+# With fleet_backend_tls: vLLM shows the certificate of its host, and asks for one of the fleet. It watches these very files and takes up what is
+# written into them, without a restart.
+TLS_OPTIONS: dict[str, Any] = {
+    "ssl-certfile": str(CERTIFICATES / "cert.pem"),
+    "ssl-keyfile": str(CERTIFICATES / "key.pem"),
+    "ssl-ca-certs": str(CERTIFICATES / "ca.pem"),
+    "ssl-cert-reqs": int(ssl.CERT_REQUIRED),
+    "enable-ssl-refresh": True,
+}
+
 # Options that the role itself sets, and where their value comes from.
 OWNED_OPTIONS = {
     "config": "the role renders the configuration file",
@@ -72,8 +84,8 @@ OWNED_OPTIONS = {
     "data-parallel-multi-port-external-lb": "the gateway reaches an instance at one port",
     **dict.fromkeys(("grpc", "grpc-port"), "the gate and the gateway ask vLLM by HTTP"),
     **dict.fromkeys(
-        ("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs", "ssl-ciphers", "enable-ssl-refresh"),
-        "TLS ends at the gateway, and the gate and the gateway ask vLLM by plain HTTP",
+        (*TLS_OPTIONS, "ssl-ciphers"),
+        "it comes from fleet_backend_tls, by which all instances of the fleet speak TLS with its certificates",
     ),
 }
 
@@ -82,7 +94,7 @@ SHARDS = ("tensor-parallel-size", "pipeline-parallel-size", "prefill-context-par
 COPIES = "data-parallel-size"
 
 # What stands in every configuration and comes from the role: no table of options is asked about it.
-ROLE_OPTIONS = ("model", "host", "port", "shutdown-timeout")
+ROLE_OPTIONS = ("model", "host", "port", "shutdown-timeout", *TLS_OPTIONS)
 
 # What media are fetched from unless the inventory lists domains. To vLLM an empty list is every domain; this one nobody can have (RFC 6761).
 NO_DOMAIN = "none.invalid"
@@ -328,7 +340,7 @@ def wanted(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
 
     `settings` holds address, device, models_path, files (see vllm_files), shutdown_timeout, environment (for all instances), cuda_home, release_mount
     and gpus (for those that run from a release, see vllm_kernels; the GPUs as host_facts tells them), runtime, image and container (the latter two for
-    instances in containers, see compose() of vllm_container).
+    instances in containers, see compose() of vllm_container), and tls (optional): whether instances speak TLS.
     """
     name, model, address = instance["name"], instance["model"], settings["address"]
     runtime = runtime_of(instance, settings["runtime"])
@@ -351,6 +363,7 @@ def wanted(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
         "shutdown-timeout": settings["shutdown_timeout"],
         "disable-access-log-for-endpoints": "/health,/metrics,/ping",
         **options,
+        **(TLS_OPTIONS if settings.get("tls") else {}),
     }
     caches = {key: f"{CACHE_PATH}/{name}{path}" for key, path in CACHES.items()}
     kernels: dict[str, str] = {}
@@ -381,7 +394,7 @@ def wanted(instance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
         "gate": {
             "name": name,
             "unit": f"vllm@{name}.service",
-            "url": f"http://{host}:{instance['port']}",
+            "url": f"{HTTPS if settings.get('tls') else HTTP}://{host}:{instance['port']}",
             "model": served[0],
         },
     }

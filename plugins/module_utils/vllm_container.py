@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ansible_collections.gpufleet.llm.plugins.module_utils import vllm_named_files
+from ansible_collections.gpufleet.llm.plugins.module_utils.instance_tls import CERTIFICATES, OPTION
 
 # What makes a generation one that runs in a container.
 COMPOSE = "compose.json"
@@ -139,12 +140,13 @@ def seen(wanted: Mapping[str, Any], config: Mapping[str, Any], models_path: str)
 
 
 def compose(
-    wanted: Mapping[str, Any], config: Mapping[str, Any], owner: str, shared: Mapping[str, str]
+    wanted: Mapping[str, Any], config: Mapping[str, Any], owner: str, shared: Mapping[str, str], readers: str = ""
 ) -> dict[str, Any]:
     """The compose file of an instance in a container. Relative paths are files of its generation, beside it.
 
     `wanted` is an instance as generation() of vllm gives it, `config` its configuration with the very revisions of its models, `owner`
     the uid and gid that it runs as, `shared` where those of all instances are: `serve`, which starts vLLM, and the directories `library` and `keys`.
+    `readers` is the gid of those who may read the key of the host's certificate, for an instance that speaks TLS.
     """
     container = wanted["container"]
     cache = container["cache"]
@@ -185,6 +187,10 @@ def compose(
         "stop_signal": "SIGTERM",
         "stop_grace_period": f"{container['stop_seconds']}s",
     }
+    if OPTION in config:
+        # the directory: what is in it may be put there anew
+        service["volumes"].append(mount(str(CERTIFICATES)))
+        service["group_add"] = [readers]
     if wanted["gpus"]:
         names = [f"{CDI_KIND}={index}" for index in wanted["gpus"]]
         device = {"driver": "cdi", "device_ids": names, "capabilities": ["gpu"]}

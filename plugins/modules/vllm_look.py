@@ -139,6 +139,9 @@ findings:
     container_key:
       description: Whether a generation is there whose container reads the internal key itself, as all did before.
       type: bool
+    tls:
+      description: Whether a generation is there that speaks TLS. The host keeps what that needs, because an instance may come back to it.
+      type: bool
     accepted_keys:
       description: The text of O(accepted_keys); where there is no such file yet, the hash of the key that instances were started with.
       type: str
@@ -253,6 +256,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils import (
     generations_host,
+    instance_tls,
     systemctl,
     vllm_container,
     vllm_judge_host,
@@ -361,6 +365,11 @@ def judgements(module: AnsibleModule, findings: dict[str, Any]) -> dict[str, Any
     return judge.judge([wanted for wanted in module.params["wanted"] if can_be_asked(wanted)])
 
 
+def speaks_tls(config_path: Path) -> bool:
+    """Whether any generation of any instance speaks TLS."""
+    return any(instance_tls.scheme(file) == instance_tls.HTTPS for file in config_path.glob("*/*/config.yaml"))
+
+
 def look(module: AnsibleModule) -> dict[str, Any]:
     """The findings."""
     wanted: list[dict[str, Any]] = module.params["wanted"]
@@ -377,6 +386,7 @@ def look(module: AnsibleModule) -> dict[str, Any]:
         "container_key": vllm_container.reads_key(
             read(file) for file in Path(module.params["config_path"]).glob(f"*/*/{vllm_container.COMPOSE}")
         ),
+        "tls": speaks_tls(Path(module.params["config_path"])),
         "accepted_keys": accepted_keys(module),
         "clock": int(time.time()),
         "instances": instance_findings(module),

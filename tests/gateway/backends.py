@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = Asked(self.command, self.path, {key.lower(): value for key, value in self.headers.items()}, self.read())
         backend = self.server.backend
         backend.asked.append(asked)
+        backend.connections[self.client_address[1]] = shown(self.connection)
         backend.answer(self, asked)
 
     def __getattr__(self, name: str) -> Any:
@@ -105,6 +107,13 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, *_arguments: object) -> None:
         """Who hangs up is no error here."""
+
+
+def shown(connection: socket.socket) -> str:
+    """The common name of the certificate that was shown on a connection; empty without one."""
+    told: dict[str, Any] = (connection.getpeercert() if isinstance(connection, ssl.SSLSocket) else None) or {}
+    names = [value for part in told.get("subject", ()) for name, value in part if name == "commonName"]
+    return str(names[0]) if names else ""
 
 
 def right(handler: Handler, asked: Asked) -> None:
@@ -165,10 +174,24 @@ class Backend:
     answer: Answer = right
     asked: list[Asked] = field(default_factory=list)
     cut: threading.Event = field(default_factory=threading.Event)
+    # With it, it speaks TLS.
+    tls: ssl.SSLContext | None = None
+    # Where it listens; 0: wherever there is room.
+    port: int = 0
+    # The connections on which it was asked, by their ports, and whose certificates were shown there.
+    connections: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.open()
+
+    def open(self) -> None:
+        """Take connections."""
         kind = type("Server6", (Server,), {"address_family": socket.AF_INET6}) if ":" in self.host else Server
-        self.server = kind((self.host, 0), Handler)
+        self.server = kind((self.host, self.port), Handler)
+        if self.tls:
+            self.server.socket = self.tls.wrap_socket(
+                self.server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self.server.backend = self
         self.port = self.server.server_port
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
@@ -193,4 +216,5 @@ class Backend:
             "address": self.host,
             "port": self.port,
             "agent": f"{self.host}:9440",
+            "tls": self.tls is not None,
         }

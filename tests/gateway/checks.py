@@ -113,13 +113,15 @@ import runpy, sys
 from pathlib import Path
 directory, program, *words = sys.argv[1:]
 sys.path[:0] = [str(Path(program).parent), {modules!r}, {collections!r}]
-import agent_files, asyncio, importlib
+import agent_files, asyncio, importlib, instance_tls
+from ansible_collections.gpufleet.llm.plugins.module_utils import instance_tls as of_the_watch
 def below(module):
     for name, value in vars(module).items():
         if isinstance(value, Path):
             setattr(module, name, Path(directory + str(value)))
     return module
-below(agent_files)
+for module in (agent_files, instance_tls, of_the_watch):
+    below(module)
 sys.argv = [program, *words]
 if program.endswith(("agent.py", "watch.py")):
     asyncio.run(below(importlib.import_module(Path(program).stem)).main())
@@ -147,9 +149,12 @@ class Host:
             (self.directory / f"etc/ssl/vllm-fleet/fleet/{name}.pem").write_text(text)
         told = {
             "host": self.directory.name, "address": "127.0.0.1", "port": self.port, "gateways": ["gw-1"], "monitoring": [],
-            "instances": {instance: {"address": "127.0.0.1", "port": instance_port}},
+            "instances": {
+                instance: {"address": "127.0.0.1", "port": instance_port, "config": str(self.directory / "etc/vllm/config.yaml")},
+            },
             "leave": {"seconds": 60, "kept_seconds": kept_seconds},
         }  # fmt: skip
+        (self.directory / "etc/vllm").mkdir(exist_ok=True)
         (self.directory / "etc/vllm-fleet/agent.json").write_text(json.dumps(told))
         self.process = self.run("agent.py")
 
@@ -185,17 +190,19 @@ class Checks:
     # Other places than those of FILES.
     files: dict[str, str] = field(default_factory=dict)
     key: str = KEY
+    # Whether Nginx could ask by TLS.
+    backend_tls: bool = True
 
     def path(self, name: str) -> Path:
         return self.directory / name
 
     def has(self, name: str, url: str, agent: Agent | None = None) -> None:
-        """A backend, in fleet.json from the next configure() on."""
+        """A backend, in fleet.json from the next configure() on; by https it is one that speaks TLS, as the inventory has it."""
         address = urlsplit(url)
         instance, _, host = name.partition("@")
         self.backends[name] = {
             "instance": instance, "host": host, "address": address.hostname, "port": address.port,
-            "agent": f"127.0.0.1:{agent.port}" if agent else None,
+            "agent": f"127.0.0.1:{agent.port}" if agent else None, "tls": address.scheme == "https",
         }  # fmt: skip
 
     def configure(self, least: int = 0, key: str = KEY) -> None:
@@ -225,6 +232,7 @@ class Checks:
         times |= self.options
         options = [f"--{name}={value}" for name, value in times.items()]
         options += [f"--{name}={self.path(file)}" for name, file in {**FILES, **self.files}.items()]
+        options += ["--backend-tls"] if self.backend_tls else []
         ready = self.path("notify")
         ready.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, self.path("log").open("a") as log:

@@ -336,7 +336,8 @@ def running(
     pair: tuple[str, str] | None = None,
     **variables: Any,
 ) -> Iterator[Gateway]:
-    """A gateway with this fleet.json, whose state says that these backends are used; without any, there is no state. Further variables of the role.
+    """A gateway with this fleet.json, whose state says that these backends are used; without any, there is no state. Further variables of the role; and
+    `shows`, ca, cert and key of the fleet, PEM, by which it asks instances.
 
     `pair` is its certificate, with those up to the one that clients trust, and its key; without one it signs itself.
     """
@@ -353,6 +354,11 @@ def running(
     (directory / "etc/ssl/vllm-fleet/privkey.pem").write_text(key)
     (directory / "etc/vllm-gateway/internal_key").write_text(INTERNAL + "\n")
     (directory / "etc/vllm-gateway/fleet.json").write_text(json.dumps(fleet))
+    if shows := variables.pop("shows", None):
+        variables["__gateway_backend_tls"] = True
+        (directory / "etc/ssl/vllm-fleet/fleet").mkdir()
+        for name, text in shows.items():
+            (directory / f"etc/ssl/vllm-fleet/fleet/{name}.pem").write_text(text)
     ports = {"gateway_https_port": free_port(), "gateway_http_port": free_port()}
     conf = directory / "nginx.conf"
     conf.write_text(configuration(directory, {**NUMBERS, **ports, **variables}))

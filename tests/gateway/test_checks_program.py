@@ -154,7 +154,7 @@ def test_a_backend_enters_with_its_first_good_answer(gateway: Checks, backend: A
     assert gateway.used("chat@a"), "asked before the first state was told"
     use = gateway.use("chat@a")
     assert use == {
-        "use": True, "why": "", "check": "ok", "operator": "up", "leaving": False, "kept": False, "since": use["since"],
+        "use": True, "why": "", "check": "ok", "operator": "up", "leaving": False, "kept": False, "since": use["since"], "tls": False,
     }  # fmt: skip
     written = json.loads(gateway.path("memory/chat@a.json").read_text())
     assert written["check"] == "ok"
@@ -391,7 +391,7 @@ def test_the_minimum_keeps_who_wants_to_leave_and_says_so(
     gateway.until(lambda: gateway.use("chat@a")["kept"])
     why = "drained by alice: new fan; kept, because the route small needs at least 2 of its backends"
     assert gateway.use("chat@a") | {"since": 0} == {
-        "use": True, "why": why, "check": "ok", "operator": "drained", "leaving": False, "kept": True, "since": 0,
+        "use": True, "why": why, "check": "ok", "operator": "drained", "leaving": False, "kept": True, "since": 0, "tls": False,
     }  # fmt: skip
     gateway.until(lambda: agent.told[-1]["kept"] == {"chat": why})
     assert agent.told[-1]["out"] == []
@@ -596,3 +596,99 @@ def test_the_state_says_when_the_certificates_end(gateway: Checks, backend: Any,
         gateway.until(lambda: "tls" in gateway.state["certificates"])
         wanted = time.time() + days * 86400
         gateway.until(lambda: abs(gateway.state["certificates"]["tls"] - wanted) < 120)  # noqa: B023
+
+
+# --- backends that speak TLS
+
+
+def with_tls(authority: Authority, home: Path, host: str = "a") -> dict[str, object]:
+    """The options of a stand-in that speaks TLS, with the files that they name."""
+    cert, key = authority.sign(host)
+    for name, text in (("ca", authority.pem), ("cert", cert), ("key", key)):
+        (home / f"{name}.pem").write_text(text)
+    files = {"ssl-certfile": "cert", "ssl-keyfile": "key", "ssl-ca-certs": "ca"}
+    return {"ssl-cert-reqs": 2, **{option: str(home / f"{name}.pem") for option, name in files.items()}}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    made = tmp_path / "vllm"
+    made.mkdir()
+    (made / "stand_in.json").write_text('{"start_seconds": 0}')
+    return made
+
+
+def test_a_backend_goes_over_to_tls_as_its_host_says(
+    gateway: Checks, agent: Agent, authority: Authority, home: Path, site: Path
+) -> None:
+    """Whatever the inventory says: whether a generation speaks TLS knows the host on which it runs. It is used when it has answered by it."""
+    plain = up(site, home)
+    agent.says("chat", scheme="http")
+    gateway.has("chat@a", f"https://127.0.0.1:{plain.port}", agent)
+    gateway.configure()
+    gateway.start()
+    assert gateway.used("chat@a") and not gateway.use("chat@a")["tls"]
+    before = gateway.state["serial"]
+    plain.process.kill()
+    plain.process.wait()
+    secured = up(site, home, KEY, port=plain.port, **with_tls(authority, home))
+    agent.says("chat", scheme="https")
+    gateway.until(lambda: gateway.use("chat@a")["tls"] and gateway.used("chat@a"))
+    assert gateway.state["serial"] >= before + 2, "it was out until it had answered by TLS"
+    assert "chat@a is asked by TLS from now on, as a says" in gateway.log
+    # what the host said last counts, also after a restart of the checks and while its agent is away
+    gateway.end()
+    agent.stop()
+    gateway.backends["chat@a"]["tls"] = False
+    gateway.configure()
+    gateway.start()
+    gateway.stays(lambda: gateway.use("chat@a")["tls"] and gateway.used("chat@a"), 3 * INTERVAL)
+    secured.process.kill()
+    secured.process.wait()
+
+
+def test_of_a_host_that_has_said_nothing_the_inventory_counts(
+    gateway: Checks, agent: Agent, authority: Authority, home: Path, site: Path
+) -> None:
+    """Before its first generation, and where there is no agent."""
+    agent.says("chat", scheme="")
+    secured = up(site, home, KEY, **with_tls(authority, home))
+    gateway.has("chat@a", f"https://127.0.0.1:{secured.port}", agent)
+    gateway.has("chat@b", f"http://127.0.0.1:{secured.port}")
+    gateway.configure()
+    gateway.start()
+    gateway.until(lambda: gateway.used("chat@a") and gateway.use("chat@b")["check"] == "failed")
+    assert (gateway.use("chat@a")["tls"], gateway.use("chat@b")["tls"]) == (True, False)
+    gateway.backends["chat@b"]["tls"] = True
+    gateway.configure()
+    gateway.until(lambda: gateway.used("chat@b"))
+    secured.process.kill()
+    secured.process.wait()
+
+
+def test_a_backend_with_a_wrong_certificate_is_out_and_is_told_no_key(
+    gateway: Checks, agent: Agent, authority: Authority, home: Path, site: Path
+) -> None:
+    secured = up(site, home, KEY, **with_tls(Authority(), home))
+    agent.says("chat", scheme="https")
+    gateway.has("chat@a", f"https://127.0.0.1:{secured.port}", agent)
+    gateway.configure()
+    gateway.start()
+    gateway.until(lambda: gateway.use("chat@a")["check"] == "failed")
+    assert "its certificate is not the one of the fleet" in gateway.use("chat@a")["why"]
+    secured.process.kill()
+    secured.process.wait()
+
+
+@pytest.mark.parametrize("lacks", ["Nginx", "certificate"])
+def test_a_gateway_that_cannot_speak_tls_says_so(gateway: Checks, backend: Any, lacks: str) -> None:
+    if lacks == "Nginx":
+        gateway.backend_tls = False
+    else:
+        gateway.prepare(certificate=False)
+    gateway.has("chat@a", backend.url.replace("http:", "https:"))
+    gateway.configure()
+    gateway.start()
+    gateway.until(lambda: gateway.use("chat@a")["check"] == "failed")
+    assert gateway.use("chat@a")["why"] == "it speaks TLS, and this gateway has no certificate of the fleet for it"
+    assert backend.asked == []

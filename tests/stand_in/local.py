@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -31,9 +32,16 @@ class Running:
     home: Path
     model: str = "small"
     max_model_len: int = 1024
+    # What it is asked with where it speaks TLS.
+    tls: ssl.SSLContext | None = None
 
     def ask(self, path: str, body: object = None, *, key: str | None = "", raw: str | None = None) -> contract.Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        if self.tls:
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                "127.0.0.1", self.port, timeout=20, context=self.tls
+            )
+        else:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         headers = {} if key is None else {"Authorization": f"Bearer {key or KEY}"}
         data = raw if raw is not None else (None if body is None else json.dumps(body))
         try:
@@ -61,7 +69,8 @@ def unpack(directory: Path) -> Path:
 def start(site: Path, home: Path, key: str = KEY, /, **options: object) -> tuple[subprocess.Popen[bytes], int, Path]:
     """Start one with a configuration as the role writes it."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", int(str(options.get("port", 0)))))
         port = int(listener.getsockname()[1])
     if not (home / "config.json").exists():
         (home / "config.json").write_text('{"max_position_embeddings": 8192}')

@@ -50,6 +50,15 @@ def test_loopback_only_when_the_only_gateway_is_the_host() -> None:
     assert fleet.bind_address(hostvars, "gpu1", ["lb2"]) == "10.0.0.1"
 
 
+def test_tls_is_for_what_a_network_lies_between() -> None:
+    hostvars = {"gpu1": {"fleet_address": "10.0.0.1", "fleet_backend_tls": True}}
+    assert fleet.backend_tls(hostvars, "gpu1", ["lb1"])
+    assert not fleet.backend_tls(hostvars, "gpu1", ["gpu1"])
+    hostvars["gpu1"]["fleet_backend_tls"] = "false"
+    assert not fleet.backend_tls(hostvars, "gpu1", ["lb1"])
+    assert not fleet.backend_tls({"gpu1": {}}, "gpu1", ["lb1"]), "and its address is asked of nobody"
+
+
 def test_backends_are_the_hosts_that_have_the_instance() -> None:
     hostvars: dict[str, dict[str, Any]] = {
         "gpu1": {**CHAT, "fleet_address": "10.0.0.1"},

@@ -251,7 +251,7 @@ def test_a_share_of_the_requests_is_heard_and_told() -> None:
     """By who is up: an instance that leaves has no share."""
     told = {"operator": "up", "share": "10", "turn": "upgrade"}
     wish = Wish.of(told, UP, 9.0)
-    assert (wish.share, wish.wants_out, wish.wants_something) == (0.1, False, True)
+    assert (wish.share, wish.wants_out, wish.says_something) == (0.1, False, True)
     assert Wish.remembered(wish.written()) == wish
     assert Wish.of({**told, "operator": "drained"}, UP, 9.0).share == 1
     for damaged in ("", "0", "101", "ten", "-5", "1e1"):
@@ -375,10 +375,10 @@ def test_an_agent_is_told_what_is_out_once_nginx_knows() -> None:
 
 def test_a_use_is_written_as_the_contract_has_it() -> None:
     use = Use(True, "", "ok", since=2.0)
-    assert set(use.written()) == {"use", "why", "check", "operator", "leaving", "kept", "since", "share"}
+    assert set(use.written()) == {"use", "why", "check", "operator", "leaving", "kept", "since", "share", "tls"}
     assert Use.remembered(use.written()) == use
-    former = {name: value for name, value in use.written().items() if name != "share"}
-    assert Use.remembered(former) == use
+    before = {name: value for name, value in use.written().items() if name not in ("share", "tls")}
+    assert Use.remembered(before) == use, "as a former version wrote it"
 
 
 @pytest.mark.parametrize("text", ["", "none", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])

@@ -129,6 +129,8 @@ def render(template: str = "etc/nginx/nginx.conf.j2", release: str = "Debian-13"
         "__gateway_fleet_file": "/etc/vllm-gateway/fleet.json",
         "__gateway_internal_key_file": "/etc/vllm-gateway/internal_key",
         "__gateway_program_id": "0123456789ab",
+        "__gateway_fleet_certificates": internals["__gateway_fleet_certificates"],
+        "__gateway_backend_tls": True,
         "gateway_acme_webroot": "/var/lib/acme",
         "inventory_hostname": "gw-1",
         "groups": {"gateway": ["gw-1", "gw-2"]},

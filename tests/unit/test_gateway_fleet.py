@@ -60,9 +60,12 @@ def test_a_document_with_everything_left_out() -> None:
         "gateway": "gw1",
         "settings": {"max_body_bytes": 1},
         "backends": {
-            "chat@gpu1": {"instance": "chat", "host": "gpu1", "address": "10.0.0.11", "port": 8000, "agent": "10.0.0.11:9440", "most_requests": None},
-            "chat@gpu2": {"instance": "chat", "host": "gpu2", "address": "fd00::12", "port": 8000, "agent": "[fd00::12]:9441", "most_requests": None},
-            "embed@gpu2": {"instance": "embed", "host": "gpu2", "address": "fd00::12", "port": 8001, "agent": "[fd00::12]:9441", "most_requests": None},
+            "chat@gpu1": {"instance": "chat", "host": "gpu1", "address": "10.0.0.11", "port": 8000, "agent": "10.0.0.11:9440",
+                          "tls": False, "most_requests": None},
+            "chat@gpu2": {"instance": "chat", "host": "gpu2", "address": "fd00::12", "port": 8000, "agent": "[fd00::12]:9441",
+                          "tls": False, "most_requests": None},
+            "embed@gpu2": {"instance": "embed", "host": "gpu2", "address": "fd00::12", "port": 8001, "agent": "[fd00::12]:9441",
+                          "tls": False, "most_requests": None},
         },
         "routes": [
             {
@@ -141,6 +144,17 @@ def test_a_gateway_alone_on_its_host_asks_by_loopback_where_the_host_has_no_addr
     assert (backend["address"], backend["agent"]) == ("127.0.0.1", "10.0.0.1:9440")
     with pytest.raises(fleet.FleetError, match="fleet_address is not set"):
         made({"one": {**hostvars["one"], "fleet_address": ""}}, routes=routes)
+
+
+def test_a_backend_that_is_to_speak_tls_is_told_as_such() -> None:
+    hostvars = inventory()
+    hostvars["gpu2"]["fleet_backend_tls"] = True
+    found = made(hostvars)["backends"]
+    assert {name: backend["tls"] for name, backend in found.items()} == {
+        "chat@gpu1": False,
+        "chat@gpu2": True,
+        "embed@gpu2": True,
+    }
 
 
 def test_a_gateway_that_is_told_gets_backends_and_nothing_else() -> None:

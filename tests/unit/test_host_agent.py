@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from ansible_collections.gpufleet.llm.plugins.module_utils import host_agent
+from ansible_collections.gpufleet.llm.plugins.module_utils import host_agent, instance_tls
 from ansible_collections.gpufleet.llm.plugins.module_utils.host_agent import RefusedError
 
 from tests.certificates import Authority
@@ -229,6 +229,8 @@ class Running:
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.syspath_prepend(str(PROGRAMS))
         monkeypatch.setitem(sys.modules, "host_agent", host_agent)
+        monkeypatch.setitem(sys.modules, "instance_tls", instance_tls)
+        monkeypatch.setattr(instance_tls, "CERTIFICATES", directory)
         self.directory, self.authority = directory, Authority()
         self.files = self.load("agent_files", monkeypatch)
         self.module = self.load("agent", monkeypatch)
@@ -260,7 +262,10 @@ class Running:
         """While it listens."""
         known = {
             "host": "gpu-1", "gateways": ["gw-1", "gw-2"], "monitoring": ["watch"],
-            "instances": {name: {"address": "127.0.0.1", "port": port} for name, port in instances.items()},
+            "instances": {
+                name: {"address": "127.0.0.1", "port": port, "config": str(self.directory / f"{name}.yaml")}
+                for name, port in instances.items()
+            },
         }  # fmt: skip
         ready = threading.Event()
         running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []
@@ -317,6 +322,7 @@ def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Running:
 def test_a_gateway_asks_again_and_again_in_one_connection(running: Running) -> None:
     running.files.replace(running.files.WORDS / "chat.json", host_agent.spoken("drained", "ada", "now", "fan"))
     (running.files.LEAVING / "embed").touch()
+    (running.directory / "chat.yaml").write_text('model: "/srv/models/a"\nssl-certfile: "/etc/a.pem"\n')
     with running.runs({"chat": 1, "embed": 2}):
         connection = running.connection()
         for told in ([], ["chat", "embed"]):
@@ -336,6 +342,7 @@ def test_a_gateway_asks_again_and_again_in_one_connection(running: Running) -> N
                 "force": "",
                 "share": "",
                 "leaving": False,
+                "scheme": "https",
             }
             assert answer["instances"]["embed"]["leaving"] is True
             assert abs(answer["instances"]["embed"]["asked"] - time.time()) < 60
@@ -412,7 +419,8 @@ def test_the_agent_sees_who_leaves_whatever_the_umask_of_the_unit(
     monkeypatch.setattr(sys, "argv", ["leave", "chat"])
     monkeypatch.setenv("MAINPID", str(os.getpid()))
     with listening(Engine) as engine:
-        known = {"instances": {"chat": {"address": "127.0.0.1", "port": int(engine.url.rpartition(":")[2])}}}
+        port = int(engine.url.rpartition(":")[2])
+        known = {"instances": {"chat": {"address": "127.0.0.1", "port": port, "config": "/nothing"}}}
         monkeypatch.setattr(
             running.files, "configuration", lambda: {**known, "leave": {"seconds": 5, "kept_seconds": 1}}
         )

@@ -43,13 +43,26 @@ def test_a_host_that_nothing_names_is_told() -> None:
 def test_what_an_agent_knows() -> None:
     assert host_identity.agent(HOSTS, "GPU_2", ["gw-2", "gw-1"], ["watch"]) == {
         "host": "GPU_2", "address": "fd00::2", "port": 9440, "gateways": ["gw-1", "gw-2"], "monitoring": ["watch"],
-        "instances": {"chat": {"address": "fd00::2", "port": 8001}, "embed": {"address": "fd00::2", "port": 8002}},
+        "instances": {
+            "chat": {"address": "fd00::2", "port": 8001, "config": "/etc/vllm/chat/current/config.yaml"},
+            "embed": {"address": "fd00::2", "port": 8002, "config": "/etc/vllm/embed/current/config.yaml"},
+        },
     }  # fmt: skip
     alone = host_identity.agent(HOSTS, "alone", ["alone"], [])
-    assert (alone["address"], alone["instances"]) == ("127.0.0.1", {"chat": {"address": "127.0.0.1", "port": 8000}})
-    moved = {"gpu-1": {**HOSTS["gpu-1"], "vllm_bind_address": "127.0.0.1", "host_agent_port": 9550}}
+    assert (alone["address"], alone["instances"]) == (
+        "127.0.0.1", {"chat": {"address": "127.0.0.1", "port": 8000, "config": "/etc/vllm/chat/current/config.yaml"}},
+    )  # fmt: skip
+    moved = {
+        "gpu-1": {
+            **HOSTS["gpu-1"],
+            "vllm_bind_address": "127.0.0.1",
+            "host_agent_port": 9550,
+            "vllm_config_path": "/srv/vllm/",
+        }
+    }
     known = host_identity.agent(moved, "gpu-1", ["gw"], [])
     assert (known["address"], known["port"], known["instances"]["chat"]["address"]) == ("10.0.0.11", 9550, "127.0.0.1")
+    assert known["instances"]["chat"]["config"] == "/srv/vllm/chat/current/config.yaml"
 
 
 def test_what_a_watch_knows() -> None:
@@ -61,8 +74,20 @@ def test_what_a_watch_knows() -> None:
     assert known == {
         "host": "GPU_2",
         "instances": {
-            "chat": {"address": "fd00::2", "port": 8001, "model": "small", "gpus": [0, 1]},
-            "embed": {"address": "fd00::2", "port": 8002, "model": "embedder", "gpus": []},
+            "chat": {
+                "address": "fd00::2",
+                "port": 8001,
+                "config": "/etc/vllm/chat/current/config.yaml",
+                "model": "small",
+                "gpus": [0, 1],
+            },
+            "embed": {
+                "address": "fd00::2",
+                "port": 8002,
+                "config": "/etc/vllm/embed/current/config.yaml",
+                "model": "embedder",
+                "gpus": [],
+            },
         },
     }
 

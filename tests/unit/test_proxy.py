@@ -158,6 +158,8 @@ OF_THE_FLEET = {
     "instance_state_host",
     "instance_proof_host",
     "gateway_soak",
+    "gateway_checks_host",
+    "instance_tls",
 }
 # Modules of Ansible by which something could come past the proxy, or with its password among the processes. `uri` asks hosts of the fleet.
 FOREIGN = re.compile(

@@ -81,7 +81,7 @@ def test_a_good_instance_has_no_problem() -> None:
         ({"options": {"api-key": "x"}}, "it comes from vllm_internal_key"),
         (
             {"options": {"ssl-certfile": "/etc/ssl/a.pem"}},
-            "option 'ssl-certfile' cannot be set here: TLS ends at the gateway",
+            "option 'ssl-certfile' cannot be set here: it comes from fleet_backend_tls",
         ),
         ({"options": {"grpc": True}}, "option 'grpc' cannot be set here: the gate and the gateway ask vLLM by HTTP"),
         ({"options": {"api-server-count": 0}}, "'api-server-count' is 0, with which no endpoint starts"),
@@ -193,6 +193,20 @@ def test_a_generation_says_how_to_serve_and_how_to_ask() -> None:
         "url": "http://10.0.0.5:8000",
         "model": "qwen",
     }
+
+
+def test_an_instance_that_speaks_tls_asks_for_a_certificate_and_watches_its_own() -> None:
+    made = vllm.wanted(GOOD, settings(tls=True))
+    assert {name: value for name, value in made["config"].items() if "ssl" in name} == {
+        "ssl-certfile": "/etc/ssl/vllm-fleet/fleet/cert.pem",
+        "ssl-keyfile": "/etc/ssl/vllm-fleet/fleet/key.pem",
+        "ssl-ca-certs": "/etc/ssl/vllm-fleet/fleet/ca.pem",
+        "ssl-cert-reqs": 2,
+        "enable-ssl-refresh": True,
+    }
+    assert made["gate"]["url"] == "https://10.0.0.5:8000"
+    assert not any("ssl" in name for name in vllm.checked_options(made["config"])), "the role's own: no table is asked"
+    assert not any("ssl" in name for name in vllm.wanted(GOOD, settings())["config"])
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,19 @@ def test_a_container_may_nothing() -> None:
     assert made["restart"] == "no"
 
 
+def test_a_container_that_speaks_tls_sees_the_certificates_of_its_host() -> None:
+    secured = {**wanted(), "config": {**wanted()["config"], **vllm.TLS_OPTIONS}}
+    made = vllm_container.compose(secured, secured["config"], "998:997", secured["container"], "994")["services"][
+        "vllm"
+    ]
+    directory = "/etc/ssl/vllm-fleet/fleet"
+    assert [(entry["target"], entry["read_only"]) for entry in made["volumes"] if entry["source"] == directory] == [
+        (directory, True)
+    ]
+    assert made["group_add"] == ["994"]
+    assert "group_add" not in service()
+
+
 def test_gpus_come_by_their_specification() -> None:
     made = service(gpus=[0, 3])
     [device] = made["deploy"]["resources"]["reservations"]["devices"]

@@ -62,3 +62,9 @@ def test_the_unit_is_one_that_systemd_understands(tmp_path: Path, template: str)
     unit.write_text(rendered(template).replace("/opt/vllm/bin/program", "/bin/true"))
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
     assert "vllm@chat" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_only_an_instance_that_speaks_tls_may_read_the_key_of_its_host(tmp_path: Path, speaks: bool) -> None:
+    unit = rendered(UNITS[0], __vllm_speaks_tls=speaks)
+    assert values(unit, "SupplementaryGroups") == (["vllm-fleet"] if speaks else [])

@@ -41,6 +41,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.gateway_checks_host i
     Times,
     not_after,
 )
+from ansible_collections.gpufleet.llm.plugins.module_utils.instance_tls import HTTPS
 
 # state.json is written again after this, so that whoever reads it sees that somebody is there.
 ALIVE_SECONDS = 5.0
@@ -143,6 +144,19 @@ class Service:
 
     # What is known
 
+    def speaks_tls(self, name: str) -> bool:
+        """Whether a backend speaks TLS: as its host says, or as the inventory has it while that has said nothing."""
+        scheme = self.wishes[name].scheme
+        return scheme == HTTPS if scheme else self.fleet.backends[name].tls
+
+    def asked_with(self, name: str) -> ssl.SSLContext | None:
+        """What a backend is asked with; nothing for plain HTTP."""
+        if not self.speaks_tls(name):
+            return None
+        if self.tls is None or not self.settings.backend_tls:
+            raise AnswerError("it speaks TLS, and this gateway has no certificate of the fleet for it")
+        return self.tls
+
     def follow_fleet(self) -> None:
         """Read fleet.json again when it has changed."""
         if (now := seen(self.settings.fleet)) == self.fleet_seen:
@@ -161,10 +175,12 @@ class Service:
         old, self.fleet = self.fleet.backends, fleet
         wishes = read(self.settings.memory / WISHES)
         for name, one in fleet.backends.items():
-            if name in old and (old[name].address, old[name].port) != (one.address, one.port):
+            self.wishes.setdefault(name, Wish.remembered(wishes.get(name, {})))
+            before = old.get(name, one)
+            other_tls = before.tls != one.tls and not self.wishes[name].scheme
+            if (before.address, before.port) != (one.address, one.port) or other_tls:
                 self.checks[name] = Check()  # what was asked was something else
             self.checks.setdefault(name, Check.remembered(read(self.settings.memory / f"{name}.json")))
-            self.wishes.setdefault(name, Wish.remembered(wishes.get(name, {})))
         for name in set(self.checks) - set(fleet.backends):
             del self.checks[name], self.wishes[name]
             self.out.pop(name, None)
@@ -192,7 +208,8 @@ class Service:
     def decide(self) -> None:
         """Decide, and tell it when something changes."""
         before = self.uses
-        self.uses = decide(self.fleet.routes, self.checks, self.wishes, before, time.time())
+        secured = {name for name in self.fleet.backends if self.speaks_tls(name)}
+        self.uses = decide(self.fleet.routes, self.checks, self.wishes, before, time.time(), secured)
         if self.uses != before:
             self.serial += 1
             unused = [name for name, use in self.uses.items() if not use.use]
@@ -213,12 +230,14 @@ class Service:
 
     async def follow_backend(self, backend: Backend) -> None:
         """Check one backend again and again."""
-        asker = Asker(backend, self.key, self.times)
+        asker = Asker(backend, self.key, self.times, lambda: self.asked_with(backend.id))
         if self.checks[backend.id].result != "new":
             await asyncio.sleep(random.uniform(0, self.times.interval))  # noqa: S311 - so that not all are asked at once
         while True:
-            begun, before = time.monotonic(), self.checks[backend.id]
+            begun, before, tls = time.monotonic(), self.checks[backend.id], self.speaks_tls(backend.id)
             answer = await asker.check(self.times.patience(before.result))
+            if self.speaks_tls(backend.id) != tls:
+                continue  # what was asked is no more
             check = self.checks[backend.id] = before.after(answer, time.time())
             if check.result != before.result:
                 self.write_down(self.settings.memory / f"{backend.id}.json", check.written())
@@ -241,12 +260,16 @@ class Service:
         before = dict(self.wishes)
         for one in self.fleet.backends.values():
             if one.host == host and one.instance in instances:
+                tls = self.speaks_tls(one.id)
                 self.wishes[one.id] = Wish.of(instances[one.instance], before[one.id], time.time())
+                if self.speaks_tls(one.id) != tls:
+                    self.checks[one.id] = Check()  # it was started anew, and is used when it has answered
+                    log(f"{one.id} is asked by {'TLS' if not tls else 'plain HTTP'} from now on, as {host} says")
         self.theirs[host] = sorted(instances)
         if self.silent.pop(host, 0.0) < 0:
             log(f"{host}: its agent answers again")
         if self.wishes != before:
-            known = {name: wish.written() for name, wish in self.wishes.items() if wish.wants_something}
+            known = {name: wish.written() for name, wish in self.wishes.items() if wish.says_something}
             self.write_down(self.settings.memory / WISHES, known)
             self.changed.set()
 
@@ -356,6 +379,7 @@ def main() -> None:
         "tls-certificate": "/etc/ssl/vllm-fleet/fullchain.pem",
         "credentials": os.environ.get("CREDENTIALS_DIRECTORY", "."),
     }
+    parser.add_argument("--backend-tls", action="store_true", help="Nginx can ask backends by TLS")
     for name, default_path in paths.items():
         parser.add_argument(f"--{name}", type=Path, default=Path(default_path))
     asyncio.run(Service(parser.parse_args()).run())

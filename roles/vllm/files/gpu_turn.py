@@ -13,6 +13,7 @@ import json
 import os
 import re
 import socket
+import ssl
 import struct
 import sys
 import time
@@ -41,10 +42,24 @@ def address(generation: Path) -> tuple[str, int]:
     with suppress(OSError):
         url = urlsplit(json.loads((generation / "gate.json").read_text())["url"])
         return url.hostname or "", url.port or 0
-    options = dict(
-        line.split(": ", 1) for line in (generation / "config.yaml").read_text().splitlines() if ": " in line
-    )
-    return options["host"].strip("\"'"), int(options["port"])
+    options = options_of(generation)
+    return options["host"], int(options["port"])
+
+
+def options_of(generation: Path) -> dict[str, str]:
+    """The options of a generation, each with its text."""
+    lines = (generation / "config.yaml").read_text().splitlines()
+    pairs = (line.split(": ", 1) for line in lines if ": " in line)
+    return {name: text.strip("\"'") for name, text in pairs}
+
+
+def connection(host: str, port: int, options: dict[str, str]) -> http.client.HTTPConnection:
+    """A connection to the instance, not yet made. One that speaks TLS shows the certificate of this host, and asks for it, too."""
+    if "ssl-certfile" not in options:
+        return http.client.HTTPConnection(host, port, timeout=5)
+    context = ssl.create_default_context(cafile=options["ssl-ca-certs"])
+    context.load_cert_chain(options["ssl-certfile"], options["ssl-keyfile"])
+    return http.client.HTTPSConnection(host, port, timeout=5, context=context)
 
 
 def others(name: str) -> bool:
@@ -81,22 +96,25 @@ def take(gpu: int) -> socket.socket | None:
             return None
 
 
-def answers(host: str, port: int) -> bool:
+def answers(host: str, port: int, options: dict[str, str]) -> bool:
     """Whether an instance is up."""
-    connection = http.client.HTTPConnection(host, port, timeout=5)
     try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == http.client.OK
+        opened = connection(host, port, options)
+    except OSError:
+        return False
+    try:
+        opened.request("GET", "/health")
+        return opened.getresponse().status == http.client.OK
     except (OSError, http.client.HTTPException):
         return False
     finally:
-        connection.close()
+        opened.close()
 
 
-def hold(pid: int, host: str, port: int) -> None:
+def hold(pid: int, generation: Path) -> None:
     """Keep the turn until the process answers or ends."""
-    end = time.monotonic() + LONGEST_SECONDS
-    while time.monotonic() < end and Path(f"/proc/{pid}").exists() and not answers(host, port):
+    end, where, options = time.monotonic() + LONGEST_SECONDS, address(generation), options_of(generation)
+    while time.monotonic() < end and Path(f"/proc/{pid}").exists() and not answers(*where, options):
         time.sleep(PAUSE_SECONDS)
 
 
@@ -110,7 +128,7 @@ def main() -> int:
             silence = os.open(os.devnull, os.O_RDWR)
             for stream in range(3):
                 os.dup2(silence, stream)
-            hold(pid, *address(generation))
+            hold(pid, generation)
         os._exit(0)
     return 0
 

@@ -19,7 +19,7 @@ local last_text
 -- What this worker has read of the state, and which one it was: most requests find it unchanged.
 local used, shares, known = {}, nil, nil
 
-local all_key, failed_key = keys("in:"), keys("failed:")
+local all_key, failed_key, tls_key = keys("in:"), keys("failed:"), keys("tls:")
 -- Of what this worker has in flight.
 local own_key
 
@@ -46,6 +46,7 @@ local function adopt(text)
             shared:delete(failed_key[id])
         end
         shared:set("use:" .. id, use)
+        shared:set(tls_key[id], backend.tls)
         shared:set("leaving:" .. id, backend.leaving == true)
         shared:set("share:" .. id, tonumber(backend.share) or 1)
     end
@@ -123,6 +124,15 @@ end
 
 function state.used(id)
     return state.look()[id]
+end
+
+-- Whether a backend speaks TLS: as the checks say, or as the inventory has it where they never said anything.
+function state.speaks_tls(backend)
+    local told = shared:get(tls_key[backend.id])
+    if told == nil then
+        return backend.tls == true
+    end
+    return told
 end
 
 function state.leaving(id)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from . import api, kinds
+from . import api, kinds, tls
 from .configuration import Served
 from .http import Request, Response, Stream, head, read
 from .metrics import Metrics
@@ -82,6 +82,7 @@ class Server:
         self.gave_up = False  # longer than the time for running requests: no token follows, and nobody is told
         self.idle = asyncio.Event()
         self.engine_died = asyncio.Event()
+        self.refreshing: asyncio.Task[None] | None = None
 
     async def token(self, settings: Settings, moment: float) -> None:
         """Wait until the moment when a token is there. Raises EngineDeadError when none can come any more."""
@@ -281,7 +282,12 @@ class Server:
             ENGINE, "-I", "-c", ENGINE_PROGRAM, executable=sys.executable, stdin=asyncio.subprocess.PIPE,
             env={**os.environ, "PYTHONHOME": sys.base_prefix},
         )  # fmt: skip
-        listener = await asyncio.start_server(self.connection, self.served.host, self.served.port, backlog=2048)
+        secured = tls.context(self.served.options)
+        listener = await asyncio.start_server(
+            self.connection, self.served.host, self.served.port, backlog=2048, ssl=secured
+        )
+        if secured and self.served.options.get("enable-ssl-refresh"):
+            self.refreshing = asyncio.create_task(tls.refresh(secured, self.served.options))
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -76,4 +76,5 @@ def setup_server(args: argparse.Namespace, *, reuse_port: bool) -> tuple[str, so
     if args.enable_auto_tool_choice and args.tool_call_parser not in TOOL_PARSERS:
         raise KeyError(f"invalid tool call parser: {args.tool_call_parser} (chose from {{ {','.join(TOOL_PARSERS)} }})")
     listener = socket.create_server((args.host or "", int(args.port or 8000)), reuse_port=reuse_port)
-    return f"http://{args.host}:{args.port}", listener
+    scheme = "https" if args.ssl_keyfile and args.ssl_certfile else "http"
+    return f"{scheme}://{args.host}:{args.port}", listener

@@ -22,6 +22,7 @@ from typing import Any
 
 import agent_files
 import host_agent
+import instance_tls
 from host_agent import RefusedError, Request
 
 CERTIFICATES = Path("/etc/ssl/vllm-fleet/fleet")
@@ -112,11 +113,12 @@ class Units:
         return {self.names[unit["Id"]]: unit["ActiveState"] for unit in shown if unit.get("Id") in self.names}
 
 
-async def metrics_of(address: str, port: int) -> str:
+async def metrics_of(address: str, port: int, config: str) -> str:
     """What an instance tells, in its own connection."""
 
     async def ask() -> bytes:
-        reader, writer = await asyncio.open_connection(address, port)
+        tls = instance_tls.context_of(config)
+        reader, writer = await asyncio.open_connection(address, port, ssl=tls)
         try:
             writer.write(b"GET /metrics HTTP/1.1\r\nHost: instance\r\nAccept: text/plain\r\nConnection: close\r\n\r\n")
             answer = bytearray()
@@ -168,7 +170,10 @@ class Agent:
         said = host_agent.statement(body, gateway, self.instances)
         agent_files.hear(gateway, {**said, "told": self.told.get(gateway, [])})
         units = await self.units.current()
-        told = {name: {**agent_files.wishes(name), "unit": units.get(name, "unknown")} for name in self.instances}
+        told = {
+            name: {**agent_files.wishes(name), "unit": units.get(name, "unknown"), "scheme": instance_tls.scheme(one["config"])}
+            for name, one in self.instances.items()
+        }  # fmt: skip
         self.told[gateway] = [name for name, instance in told.items() if host_agent.wants_out(instance)]
         return {"host": self.host, "instances": told}
 

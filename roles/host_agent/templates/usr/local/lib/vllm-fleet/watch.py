@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import agent_files
-from ansible_collections.gpufleet.llm.plugins.module_utils import gpu_health, host_watch, systemctl
+from ansible_collections.gpufleet.llm.plugins.module_utils import gpu_health, host_watch, instance_tls, systemctl
 from ansible_collections.gpufleet.llm.plugins.module_utils.gateway_checks import Backend
 from ansible_collections.gpufleet.llm.plugins.module_utils.gateway_checks_host import Asker, Times
 from ansible_collections.gpufleet.llm.plugins.module_utils.gpu_health import Finding, Gpu, Look, Messages
@@ -127,7 +127,8 @@ class Watch:
         """Ask one instance for ever."""
         told, engine = self.instances[name], self.engines[name]
         backend = Backend(name, name, self.host, told["address"], int(told["port"]), told["model"])
-        asker = Asker(backend, self.key, Times(timeout=engine.settings.hung_seconds))
+        times = Times(timeout=engine.settings.hung_seconds)
+        asker = Asker(backend, self.key, times, lambda: instance_tls.context_of(told["config"]))
         while True:
             with contextlib.suppress(OSError):
                 await self.once(engine, asker)
