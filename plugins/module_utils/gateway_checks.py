@@ -411,8 +411,11 @@ def told(
     gone: Set[str],
     in_flight: Mapping[str, int],
     theirs: Sequence[str],
+    tls: bool = False,
 ) -> dict[str, Any]:
-    """What the agent of a host is told. `gone` are the backends that Nginx sends nothing to any more; `theirs` are all instances of the host."""
+    """What the agent of a host is told. `gone` are the backends that Nginx sends nothing to any more; `theirs` are all instances of the host; `tls` says
+    whether this gateway could ask them by TLS.
+    """
     here = {one.instance: one.id for one in fleet.backends.values() if one.host == host}
     return {
         "gateway": fleet.gateway,
@@ -422,6 +425,7 @@ def told(
         # what this gateway has no backend for any more may still have requests in old workers of Nginx
         "in_flight": {name: in_flight.get(f"{name}@{host}", 0) for name in sorted({*here, *theirs})},
         "unrouted": sorted(set(theirs) - set(here)),
+        "tls": tls,
     }
 
 

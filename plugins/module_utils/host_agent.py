@@ -123,6 +123,7 @@ def statement(body: bytes, peer: str, instances: Iterable[str]) -> dict[str, Any
         "kept": {name: str(kept[name])[:200] for name in here if name in kept},
         "in_flight": counts,
         "unrouted": [name for name in here if name in unrouted],
+        "tls": said.get("tls") is True,
     }
 
 
@@ -192,6 +193,13 @@ def unused(instance: str, heard: Mapping[str, Mapping[str, Any]], now: float) ->
         elif instance in said["out"]:
             reasons[gateway] = "does not use it yet: its check has not passed"
     return reasons
+
+
+def without_tls(heard: Mapping[str, Mapping[str, Any]], now: float) -> list[str]:
+    """The gateways that could not ask an instance that speaks TLS: they are of a former version of this collection."""
+    return sorted(
+        gateway for gateway, said in heard.items() if now - said["time"] <= HEARD_SECONDS and not said.get("tls")
+    )
 
 
 def standing(instance: str, heard: Mapping[str, Mapping[str, Any]], now: float) -> dict[str, str]:

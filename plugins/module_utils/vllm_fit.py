@@ -186,6 +186,19 @@ def held_warning(instance: Mapping[str, Any], node: str) -> str:
     )
 
 
+def tls_problems(findings: Mapping[str, Any], wanted: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why instances cannot speak TLS yet that do not now: a gateway would have no backend any more."""
+    present = {entry["name"]: str((entry.get("gate") or {}).get("url") or "") for entry in findings["instances"]}
+    new = [one["name"] for one in wanted if one["gate"].get("url", "").startswith("https:") and present.get(one["name"], "").startswith("http:")]  # fmt: skip
+    cannot = findings.get("gateways_without_tls") or []
+    if not new or not cannot:
+        return []
+    return [
+        f"{', '.join(new)} would speak TLS (fleet_backend_tls), which {', '.join(cannot)} cannot ask by yet: run site.yml once without it, so that every "
+        "gateway and host has this version of the collection"
+    ]
+
+
 def look_problems(
     findings: Mapping[str, Any], wanted: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], check_mode: bool
 ) -> list[str]:
@@ -196,7 +209,7 @@ def look_problems(
     # In check mode on a bare host there is no engine yet, and on any host a model that is new in the inventory is still to come.
     bare = not findings["deployed"] if contained else not release["complete"]
     required = settings["require_models"] and not (check_mode and bare)
-    found: list[str] = []
+    found = tls_problems(findings, wanted)
     if contained and required:
         found += engine_problems(findings["engine"], with_gpus=any(instance["gpus"] for instance in contained))
     found += published_problems(wanted, findings["published"])

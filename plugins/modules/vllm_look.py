@@ -142,6 +142,10 @@ findings:
     tls:
       description: Whether a generation is there that speaks TLS. The host keeps what that needs, because an instance may come back to it.
       type: bool
+    gateways_without_tls:
+      description: Gateways that ask the agent of the host, and could not ask an instance that speaks TLS.
+      type: list
+      elements: str
     accepted_keys:
       description: The text of O(accepted_keys); where there is no such file yet, the hash of the key that instances were started with.
       type: str
@@ -256,6 +260,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.llm.plugins.module_utils import (
     generations_host,
+    host_agent,
     instance_tls,
     systemctl,
     vllm_container,
@@ -265,6 +270,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils import (
     vllm_weights_host,
 )
 from ansible_collections.gpufleet.llm.plugins.module_utils.files import read
+from ansible_collections.gpufleet.llm.plugins.module_utils.instance_state_host import InstanceHost
 from ansible_collections.gpufleet.llm.plugins.module_utils.model_store import MODEL_CONFIGS
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import commands
 from ansible_collections.gpufleet.llm.plugins.module_utils.vllm import checked_options
@@ -387,6 +393,7 @@ def look(module: AnsibleModule) -> dict[str, Any]:
             read(file) for file in Path(module.params["config_path"]).glob(f"*/*/{vllm_container.COMPOSE}")
         ),
         "tls": speaks_tls(Path(module.params["config_path"])),
+        "gateways_without_tls": host_agent.without_tls(InstanceHost().heard(), time.monotonic()),
         "accepted_keys": accepted_keys(module),
         "clock": int(time.time()),
         "instances": instance_findings(module),

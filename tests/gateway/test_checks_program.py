@@ -359,7 +359,10 @@ def test_a_host_that_wants_to_stop_is_let_go(
     assert gateway.used("chat@a") and gateway.used("chat@b")
     admin.says = {"serial": gateway.state["serial"], "in_flight": {"chat@a": 3, "chat@b": 1}}
     gateway.until(
-        lambda: agent.told[-1] == {"gateway": "gw-1", "out": [], "kept": {}, "in_flight": {"chat": 3}, "unrouted": []}
+        lambda: (
+            agent.told[-1]
+            == {"gateway": "gw-1", "out": [], "kept": {}, "in_flight": {"chat": 3}, "unrouted": [], "tls": True}
+        )
     )
     agent.says("chat", leaving=True)
     assert gateway.until(lambda: not gateway.used("chat@a")) < 1
@@ -369,7 +372,8 @@ def test_a_host_that_wants_to_stop_is_let_go(
     admin.says = {"serial": gateway.state["serial"], "in_flight": {"chat@a": 2}}
     gateway.until(
         lambda: (
-            agent.told[-1] == {"gateway": "gw-1", "out": ["chat"], "kept": {}, "in_flight": {"chat": 2}, "unrouted": []}
+            agent.told[-1]
+            == {"gateway": "gw-1", "out": ["chat"], "kept": {}, "in_flight": {"chat": 2}, "unrouted": [], "tls": True}
         )
     )
     assert len(agent.connections) == 1, "one connection for all"

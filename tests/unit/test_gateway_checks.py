@@ -367,6 +367,7 @@ def test_an_agent_is_told_what_is_out_once_nginx_knows() -> None:
         "kept": {},
         "in_flight": {"chat": 3, "other": 1},
         "unrouted": ["other"],
+        "tls": False,
     }
     assert gateway_checks.told(fleet, "a", uses, {A}, {}, ["chat"])["out"] == ["chat"]
     kept = decide([Route("one", (A, B), 2)], {A: OK, B: OK}, {A: leaving(1)}, used(A, B), 9.0)

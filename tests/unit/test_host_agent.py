@@ -96,7 +96,19 @@ def test_who_may_ask_what(method: str, path: str, peer: str, status: int) -> Non
 def test_a_gateway_speaks_of_instances_that_are_here() -> None:
     body = {"gateway": "gw-1", "out": ["chat", "elsewhere"], "kept": {"embed": "x" * 999}, "in_flight": {"chat": 3, "elsewhere": 1}}  # fmt: skip
     said = host_agent.statement(json.dumps(body).encode(), "gw-1", ["chat", "embed"])
-    assert said == {"out": ["chat"], "kept": {"embed": "x" * 200}, "in_flight": {"chat": 3}, "unrouted": []}
+    assert said == {
+        "out": ["chat"],
+        "kept": {"embed": "x" * 200},
+        "in_flight": {"chat": 3},
+        "unrouted": [],
+        "tls": False,
+    }
+    assert host_agent.statement(json.dumps({**body, "tls": True}).encode(), "gw-1", ["chat"])["tls"]
+
+
+def test_gateways_that_cannot_ask_by_tls_are_those_that_do_not_say_so() -> None:
+    heard = {"new": {"time": NOW, "tls": True}, "old": {"time": NOW}, "gone": {"time": NOW - 11}}
+    assert host_agent.without_tls(heard, NOW) == ["old"]
 
 
 @pytest.mark.parametrize(
@@ -348,7 +360,14 @@ def test_a_gateway_asks_again_and_again_in_one_connection(running: Running) -> N
             assert abs(answer["instances"]["embed"]["asked"] - time.time()) < 60
             heard = running.files.heard()["gw-1"]
             assert time.monotonic() - heard.pop("time") < 2
-            assert heard == {"out": ["chat"], "kept": {}, "in_flight": {"chat": 3}, "unrouted": [], "told": told}
+            assert heard == {
+                "out": ["chat"],
+                "kept": {},
+                "in_flight": {"chat": 3},
+                "unrouted": [],
+                "tls": False,
+                "told": told,
+            }
 
 
 def test_a_gateway_hears_of_an_instance_whose_gpu_is_sick(running: Running) -> None:

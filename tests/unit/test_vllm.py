@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.gpufleet.llm.plugins.module_utils import gpu, vllm, vllm_kernels
+from ansible_collections.gpufleet.llm.plugins.module_utils import gpu, vllm, vllm_fit, vllm_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = json.loads((ROOT / "roles/vllm/files/options/0.33.0-cuda.json").read_text())
@@ -287,6 +287,34 @@ def test_an_instance_in_a_container_is_published_where_the_other_one_listens() -
 )
 def test_what_a_host_runs(instances: list[dict[str, str]], runtime: str, wanted: str, expected: bool) -> None:
     assert vllm.runs_in(instances, runtime, wanted) is expected
+
+
+@pytest.mark.parametrize(
+    ("present", "wanted", "cannot", "refused"),
+    [
+        ("http://10.0.0.5:8000", "https://10.0.0.5:8000", ["gw-1"], True),
+        ("http://10.0.0.5:8000", "https://10.0.0.5:8000", [], False),
+        ("https://10.0.0.5:8000", "https://10.0.0.5:8000", ["gw-1"], False),
+        ("http://10.0.0.5:8000", "http://10.0.0.5:8000", ["gw-1"], False),
+        ("", "https://10.0.0.5:8000", ["gw-1"], False),
+    ],
+)
+def test_nobody_goes_over_to_tls_before_every_gateway_can_ask_by_it(
+    present: str, wanted: str, cannot: list[str], refused: bool
+) -> None:
+    findings = {
+        "instances": [{"name": "chat", "gate": {"url": present} if present else {}}],
+        "gateways_without_tls": cannot,
+    }
+    told = vllm_fit.tls_problems(findings, [{"name": "chat", "gate": {"url": wanted}}])
+    assert told == (
+        [
+            "chat would speak TLS (fleet_backend_tls), which gw-1 cannot ask by yet: run site.yml once without it, so that every gateway and host has "
+            "this version of the collection"
+        ]
+        if refused
+        else []
+    )
 
 
 def test_a_generation_asks_for_the_name_that_is_served() -> None:

@@ -249,7 +249,8 @@ class Service:
     async def ask(self, agent: Agent) -> None:
         """Tell one host what this gateway does with its instances, and hear what is wanted of them."""
         gone = {name for name, serial in self.out.items() if self.nginx.has(serial)}
-        body = told(self.fleet, agent.host, self.uses, gone, self.nginx.requests, self.theirs.get(agent.host, []))
+        theirs = self.theirs.get(agent.host, [])
+        body = told(self.fleet, agent.host, self.uses, gone, self.nginx.requests, theirs, self.settings.backend_tls)
         try:
             self.hear(agent.host, await agent.ask(body, AGENT_SECONDS))
         except (OSError, AnswerError, asyncio.TimeoutError, ValueError, TypeError, AttributeError) as error:
