@@ -78,7 +78,8 @@ class Watched:
         told = {
             "host": "gpu-1", "restart": True, "restarts": 2, "restart_seconds": 3600, "hung_seconds": HUNG_SECONDS, "start_seconds": 60,
             "interval_seconds": 0.3, "gpu_seconds": 1, "disks": {"root": "/"}, "disk_warn_percent": 101, "disk_critical_percent": 102,
-            "instances": {"chat": {"address": "127.0.0.1", "port": self.instance.server.port, "model": "small", "gpus": [1]}},
+            "instances": {"chat": {"address": "127.0.0.1", "port": self.instance.server.port, "config": "/nothing",
+                                   "model": "small", "gpus": [1]}},
         }  # fmt: skip
         self.path("etc/vllm-fleet/watch.json").write_text(json.dumps(told | settings))
 
