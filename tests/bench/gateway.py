@@ -1,12 +1,12 @@
 """What the gateway costs beside plain Nginx with TLS, and beside others: the same requests to the same two backends, in turns, in one run.
 
-    python -m tests.bench.gateway [--ways plain fleet envoy vllm-router litellm] [--rounds 5] [--streams 64]
+    python -m tests.bench.gateway [--ways plain fleet fleet-tls envoy vllm-router litellm] [--rounds 5] [--streams 64]
 
 Everything is on loopback: the backends (Nginx with Lua, so that they cost little), the gateways, h2load for short calls and a client of its own
 for streams, whose events carry the moment at which the backend sent them. Each round asks every way once, in changing order; told are the medians of
-the rounds and their range. `fleet` is the role's own nginx.conf and program (tests/gateway/harness.py). "cpu" is what the gateway uses for a short
-call, in microseconds; "cpu of all" has the client and the backends, too, so that the number of processors divided by it is what this machine could do
-if nothing else ran on it: what to compare on a busy one.
+the rounds and their range. `fleet` is the role's own nginx.conf and program (tests/gateway/harness.py), `fleet-tls` the same with TLS to its backends.
+"cpu" is what the gateway uses for a short call, in microseconds; "cpu of all" has the client and the backends, too, so that the number of processors
+divided by it is what this machine could do if nothing else ran on it: what to compare on a busy one.
 
 Duties differ, and the table says which has what: plain Nginx has TLS, one key and a log; Envoy the same and the route by the model in the
 body; vLLM's router has neither TLS nor a log of requests; LiteLLM has TLS, keys and the route. Needs h2load (package nghttp2-client).
@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.certificates import make_pair
+from tests.certificates import Authority, make_pair
 from tests.gateway import harness
 from tests.ports import free_port
 
@@ -46,7 +46,7 @@ ENVIRONMENT = Path(__file__).resolve().parents[2] / ".cache" / "bench-gateways"
 KEY = harness.KEY
 BODY = {"model": "small", "messages": [{"role": "user", "content": "word " * 100}]}
 TOKENS = 60
-WAYS = ("plain", "fleet", "envoy", "vllm-router", "litellm")
+WAYS = ("plain", "fleet", "fleet-tls", "envoy", "vllm-router", "litellm")
 
 
 @dataclass
@@ -257,7 +257,11 @@ class Running:
         (directory / "fullchain.pem").write_text(certificate)
         (directory / "privkey.pem").write_text(key)
         self.ports = {"FIRST": free_port(), "SECOND": free_port()}
-        conf = written(directory, "upstream.conf", **self.ports)
+        self.tls_ports = {"FIRST_TLS": free_port(), "SECOND_TLS": free_port()}
+        self.authority = Authority()
+        (directory / "ca.pem").write_text(self.authority.pem)
+        (directory / "backend.pem").write_text("".join(self.authority.sign("gpu-0", names=["gpu-0"])))
+        conf = written(directory, "upstream.conf", **self.ports, **self.tls_ports)
         self.backends = stack.enter_context(process(*nginx(conf, directory)))
 
     def start(self, name: str) -> Way:
@@ -276,13 +280,22 @@ class Running:
             "plain", port, nginx(written(self.directory, "plain.conf", PORT=port, **self.ports), self.directory)
         )
 
-    def fleet(self) -> Way:
-        backends = [Known(f"chat@gpu-{number}", port) for number, port in enumerate(self.ports.values())]
-        directory = self.directory / "fleet"
+    def gateway(self, name: str, ports: dict[str, int], **more: Any) -> Way:
+        tls = bool(more)
+        backends = [Known(f"chat{number}@gpu-0", port, tls) for number, port in enumerate(ports.values())]
+        directory = self.directory / name
         directory.mkdir()
         data = harness.document([harness.route("small", backends)], backends)  # type: ignore[arg-type]
-        gateway = self.stack.enter_context(harness.running(directory, data, [one.id for one in backends]))
-        return Way("fleet", gateway.port, pids=lambda: children(gateway.process.pid))
+        gateway = self.stack.enter_context(harness.running(directory, data, **more))
+        gateway.state({one.id: {"tls": tls} for one in backends})
+        return Way(name, gateway.port, pids=lambda: children(gateway.process.pid))
+
+    def fleet(self) -> Way:
+        return self.gateway("fleet", self.ports)
+
+    def fleet_tls(self) -> Way:
+        cert, key = self.authority.sign("gw-1")
+        return self.gateway("fleet-tls", self.tls_ports, shows={"ca": self.authority.pem, "cert": cert, "key": key})
 
     def envoy(self) -> Way:
         port = free_port()
@@ -351,11 +364,19 @@ class Known:
 
     id: str
     port: int
+    tls: bool = False
 
     def described(self) -> dict[str, Any]:
         """Its entry in fleet.json."""
         instance, _, host = self.id.partition("@")
-        return {"instance": instance, "host": host, "address": "127.0.0.1", "port": self.port, "agent": None}
+        return {
+            "instance": instance,
+            "host": host,
+            "address": "127.0.0.1",
+            "port": self.port,
+            "agent": None,
+            "tls": self.tls,
+        }
 
 
 def install() -> None:
@@ -421,7 +442,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--calls", type=int, default=4000)
     arguments = parser.parse_args()
-    if set(arguments.ways) - {"plain", "fleet"}:
+    if set(arguments.ways) - {"plain", "fleet", "fleet-tls"}:
         install()
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.ways}
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
