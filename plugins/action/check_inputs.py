@@ -92,7 +92,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         """What the checks find. One that needs a variable with a wrong shape is not asked: that has been told."""
         problems: list[str] = []
         for check in checks:
-            if unknown := set(check) - {"that", "fail_msg", "problems", "when"}:
+            if unknown := set(check) - {"that", "fail_msg", "problems", "when", "warning"}:
                 raise AnsibleActionFail(f"a check has the unknown keys {', '.join(sorted(unknown))}")
             asked = [check.get(key) for key in ("when", "that", "problems")]
             needed = inputs.leads_to(asked, variables) if wrong or problems else set()
@@ -101,10 +101,16 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             try:
                 if "when" in check and not self._holds(check["when"]):
                     continue
+                found: list[str] = []
                 if "problems" in check:
-                    problems += [str(problem) for problem in self._templar.template(check["problems"])]
+                    found = [str(problem) for problem in self._templar.template(check["problems"])]
                 elif not self._holds(check["that"]):
-                    problems.append(" ".join(str(self._templar.template(check["fail_msg"])).split()))
+                    found = [" ".join(str(self._templar.template(check["fail_msg"])).split())]
+                if check.get("warning"):
+                    for sentence in found:
+                        self._display.warning(sentence)  # the same one of several hosts is shown once
+                else:
+                    problems += found
             except specs.UNREADABLE as error:
                 if not tolerant and not problems:
                     problems += self._unanswered(inputs.leads_to(asked, variables), variables, error)

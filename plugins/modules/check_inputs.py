@@ -39,6 +39,10 @@ options:
         description: Expressions that must be true for the check to be made.
         type: list
         elements: str
+      warning:
+        description: Whether what the check finds is shown as a warning and is no problem.
+        type: bool
+        default: false
 attributes:
   check_mode:
     description: Does the same.

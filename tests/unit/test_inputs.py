@@ -108,6 +108,7 @@ def role(tmp_path: Path) -> Path:
         {"that": ["shop_name != 'bad'"], "fail_msg": "shop_name is bad."},
         {"that": "nowhere.x == 1", "fail_msg": "{{ nowhere }}", "when": "shop_name == 'never'"},
         {"problems": "{{ [shop_name ~ ' is too long'] if shop_name | length > 4 else [] }}"},
+        {"that": "shop_name != 'old'", "fail_msg": "shop_name is {{ shop_name }}, which ends soon.", "warning": True},
     ]
     (tmp_path / "roles/shop/tasks/look.yml").write_text(
         json.dumps([{"name": "Look", "gpufleet.llm.check_inputs": {"checks": checks}, "register": "__shop_checked"}])
@@ -141,6 +142,12 @@ def play(directory: Path, collect: bool = False, **variables: object) -> subproc
 def test_all_is_well(role: Path) -> None:
     assert play(role).returncode == 0
     assert play(role, collect=True).returncode == 0
+
+
+def test_what_is_a_warning_stops_nothing(role: Path) -> None:
+    done = play(role, shop_name="old")
+    assert done.returncode == 0
+    assert (done.stdout + done.stderr).count("shop_name is old, which ends soon.") == 1
 
 
 def test_everything_is_told_at_once(role: Path) -> None:
