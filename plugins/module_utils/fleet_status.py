@@ -24,6 +24,8 @@ STALE_SECONDS = 30
 WATCHER_SECONDS = 300
 # Certificates are renewed long before: one that ends so soon is not renewed by itself any more.
 CERTIFICATE_DAYS = 14
+# The authority of the fleet is renewed years before; of one that was given, somebody has to bring another certificate.
+AUTHORITY_DAYS = 90
 DISK_FULL = 0.95
 CLOCK_SECONDS = 10
 # A restart by systemd so recently is a crash that somebody should know of.
@@ -37,7 +39,11 @@ SSH_NAMES = re.compile(
     r"Data could not be sent to remote host \S+ Make sure this host can be reached over ssh: |ssh: (connect to host \S+ port \d+: )?"
 )
 
-CERTIFICATES = {"tls": "certificate for clients", "fleet": "certificate of the fleet"}
+CERTIFICATES = {
+    "tls": "certificate for clients",
+    "fleet": "certificate of the fleet",
+    "authority": "authority of the fleet",
+}
 Document = dict[str, Any]
 
 
@@ -415,7 +421,7 @@ class Judge:
             yield from self.machine_gpus(name, host)
             yield from self.silent_gateways(name, host)
             for certificate, told in host["certificates"].items():
-                if told["days_left"] < CERTIFICATE_DAYS:
+                if told["days_left"] < (AUTHORITY_DAYS if certificate == "authority" else CERTIFICATE_DAYS):
                     days = told["days_left"]
                     ends = "has expired" if days < 0 else f"ends in {count(days, 'day')}"
                     yield Finding(

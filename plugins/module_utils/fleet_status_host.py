@@ -37,6 +37,8 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.lease import Lease, L
 from ansible_collections.gpufleet.llm.plugins.module_utils.program import Program
 
 ROOT = Path("/")
+# What the role fleet_authority gives a host.
+CERTIFICATES = "etc/ssl/vllm-fleet/fleet"
 UNIT_PROPERTIES = (
     "Id", "LoadState", "ActiveState", "SubState", "UnitFileState", "Result", "NRestarts",
     "ExecMainStartTimestampMonotonic", "InactiveExitTimestampMonotonic",
@@ -367,12 +369,14 @@ class Look:
         listed = ["systemctl", "show", f"--property={','.join(UNIT_PROPERTIES)}", *UNITS]
         systemd = Program([*listed, *(f"vllm@{name}.service" for name in self.names)])
         smi = Program(["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"])
-        certificate = self.root / "etc/ssl/vllm-fleet/fleet/cert.pem"
-        openssl = (
-            Program(["openssl", "x509", "-noout", "-enddate", "-in", str(certificate)])
-            if certificate.exists()
-            else None
-        )
+        certificates = {
+            name: Program(["openssl", "x509", "-noout", "-enddate", "-in", str(file)])
+            for name, file in (
+                ("fleet", self.root / CERTIFICATES / "cert.pem"),
+                ("authority", self.root / CERTIFICATES / "ca.pem"),
+            )
+            if file.exists()
+        }
         details = {
             name: self.part(f"instance {name}", functools.partial(self.deployed, name), UNREADABLE)
             for name in self.names
@@ -429,7 +433,10 @@ class Look:
             "units": others,
             "gpus": found,
             "lease": self.part("lease", self.lease, None),
-            "certificates": {"fleet": self.part("certificate", lambda: self.ends(openssl), None)} if openssl else {},
+            "certificates": {
+                name: self.part(f"certificate {name}", functools.partial(self.ends, name, program), None)
+                for name, program in certificates.items()
+            },
             "updates": self.part("updates", self.updates, {}),
             "disks": self.part("disks", lambda: self.found_disks(disks), []),
             "health": findings(health),
@@ -524,9 +531,9 @@ class Look:
             return None
         return {"who": line_of(holder.who), "controller": line_of(holder.controller), "pid": holder.pid, "since": holder.since}  # fmt: skip
 
-    def ends(self, program: Program | None) -> int | None:
-        """When the certificate of the fleet ends."""
-        text = self.output("certificate", program) if program else ""
+    def ends(self, name: str, program: Program) -> int | None:
+        """When the certificate of the fleet ends, or that of its authority. Of several in a file it is the first, which signs."""
+        text = self.output(f"certificate {name}", program)
         return ssl.cert_time_to_seconds(text.strip().removeprefix("notAfter=")) if text else None
 
     def updates(self) -> dict[str, Any]:

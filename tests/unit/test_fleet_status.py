@@ -298,6 +298,7 @@ def test_gateways_that_differ_and_one_that_is_none() -> None:
         ({"disks": [{"path": "/", "size_bytes": 100 * 10**9, "free_bytes": 2 * 10**9}]}, "the disk of / is 98% full (2.0 GB free)"),
         ({"time": NOW - 300}, "its clock is 5 min behind the controller's"),
         ({"certificates": {"fleet": NOW + DAY}}, "its certificate of the fleet ends in 1 day"),
+        ({"certificates": {"authority": NOW + 89.5 * DAY}}, "its authority of the fleet ends in 89 days"),
     ],
 )  # fmt: skip
 def test_problems_of_a_machine(change: dict[str, Any], expected: str) -> None:

@@ -15,6 +15,8 @@ import pytest
 from ansible_collections.gpufleet.llm.plugins.module_utils import fleet_status_host as look
 from ansible_collections.gpufleet.llm.plugins.module_utils import host_agent
 
+from tests.certificates import Authority
+
 ROOT = Path(__file__).resolve().parents[2]
 METRICS = (ROOT / "tests/stand_in/vllm-0.32.0-cpu.prom").read_text()
 SYSTEMD = """\
@@ -308,6 +310,20 @@ def test_a_bare_host_misses_nothing(tmp_path: Path, programs: Path) -> None:
     assert found["instances"] == found["gpus"] == []
     assert (found["gateway"], found["lease"], found["agent"], found["silence"]) == (None, None, None, None)
     assert found["missing"] == {}
+
+
+def test_when_the_certificate_of_the_fleet_and_its_authority_end(root: Path, programs: Path) -> None:
+    mine, other = Authority(), Authority()
+    certificate, _key = mine.sign("gpu-1", days=30)
+    put(root, "etc/ssl/vllm-fleet/fleet/cert.pem", certificate)
+    put(root, "etc/ssl/vllm-fleet/fleet/ca.pem", mine.pem + other.pem)
+    found, _ = looked(root)
+    days = {name: round((end - time.time()) / 86400) for name, end in found["certificates"].items()}
+    assert days == {"fleet": 30, "authority": 3650}
+    put(root, "etc/ssl/vllm-fleet/fleet/ca.pem", "torn")
+    found, _ = looked(root)
+    assert found["certificates"]["authority"] is None
+    assert "certificate authority" in found["missing"]
 
 
 def test_an_engine_and_programs_that_hang_hold_nobody_up(root: Path, programs: Path, engine: list[bytes]) -> None:
