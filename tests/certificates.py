@@ -34,7 +34,7 @@ def make_pair(days: int = 30, name: str = "given.test", *also: str, rsa_bits: in
 class Authority:
     """A certificate authority as the fleet has one, and what it signs."""
 
-    def __init__(self, certificate: str = "", key: str = "", name: str = "Test CA") -> None:
+    def __init__(self, certificate: str = "", key: str = "", name: str = "Test CA", days: int = 3650) -> None:
         if key:
             read = serialization.load_pem_private_key(key.encode(), None)
             assert isinstance(read, ec.EllipticCurvePrivateKey)
@@ -47,7 +47,7 @@ class Authority:
         self.certificate = (
             x509.CertificateBuilder(subject, subject, self.key.public_key(), x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(days=3650))
+            .not_valid_after(now + datetime.timedelta(days=days))
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), critical=False)
             .add_extension(

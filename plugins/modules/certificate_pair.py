@@ -14,7 +14,7 @@ description:
   - Looks at a certificate and a key of a directory in one call, by C(openssl) on the host, and changes nothing.
 options:
   directory:
-    description: Where the pair is, and C(ca.pem) when the host has an authority of its own.
+    description: Where the pair is, and C(ca.pem) of the authority.
     type: path
     required: true
   certificate_file:
@@ -45,12 +45,18 @@ options:
   authority_files:
     description:
       - Certificates of authorities on the host. The first one that is there has to have signed the certificate, and to be C(ca.pem) of
-        O(directory).
+        O(directory). Of a file with several certificates it is the first one that has to have signed.
     type: list
     elements: path
     default: []
+  former:
+    description:
+      - What C(ca.pem) of O(directory) has to have behind the authority that is first of O(authority_files), PEM. Not looked at where that is
+        C(ca.pem) itself.
+    type: str
+    default: ""
   days:
-    description: Days that it has to be valid for from now on.
+    description: Days that it has to be valid for from now on. No certificate outlives its authority, so as long as that is valid is enough.
     type: float
     default: 0
   life:
@@ -99,6 +105,12 @@ authority_wanted:
   description: What is in RV(authority_file), PEM, empty when none is there.
   returned: always
   type: str
+authority_ends_soon:
+  description:
+    - Whether RV(authority_file), or else RV(authority), is there and valid for less than 1216 days. That is a third of the ten years that
+      authorities are made for, and more than the 825 days that a certificate of theirs lives at most.
+  returned: always
+  type: bool
 """
 
 import ipaddress
@@ -106,6 +118,7 @@ import os
 import re
 import shutil
 import ssl
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,6 +126,10 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
+# An authority with fewer days left is renewed. See RETURN.
+AUTHORITY_DAYS = 1216
+DAY = 86400
+PEM = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 FIELDS = {
     "from": re.compile(r"^notBefore=(.+)$", re.MULTILINE),
     "until": re.compile(r"^notAfter=(.+)$", re.MULTILINE),
@@ -154,10 +171,10 @@ def problem(
         return f"the certificate is that of {found['subject'] or 'nobody'}"
     if authority is not None and found["issuer"] != authority:
         return f"the certificate was signed by {found['issuer'] or 'nobody known'}"
-    left = (ssl.cert_time_to_seconds(found["until"]) - now) / 86400
+    left = (ssl.cert_time_to_seconds(found["until"]) - now) / DAY
     if left <= days:
         return f"the certificate is valid for {left:.0f} days"
-    whole = left + (now - ssl.cert_time_to_seconds(found["from"])) / 86400
+    whole = left + (now - ssl.cert_time_to_seconds(found["from"])) / DAY
     return "" if left > whole * life else f"the certificate is valid for {left:.1f} of its {whole:.0f} days"
 
 
@@ -172,13 +189,36 @@ def unsigned(module: AnsibleModule, authority: Path, certificate: Path) -> str:
     beside = certificate.with_name("ca.pem")
     if not beside.exists():
         return "there is no ca.pem"
-    if beside.read_text().strip() != authority.read_text().strip():
-        return f"ca.pem is not {authority}"
-    status, output, error = module.run_command(
-        ["openssl", "verify", "-CAfile", str(authority), "-no-CApath", "-no-CAstore", str(certificate)]
-    )
+    known = authority.read_text()
+    former = module.params["former"]
+    if beside != authority and beside.read_text().split() != [*known.split(), *former.split()]:
+        return f"ca.pem is not {authority}{' and the former authority' if former else ''}"
+    with tempfile.NamedTemporaryFile("w") as signer:
+        # the others are those of before, or those that stand above it
+        signer.write(match[0] if (match := PEM.search(known)) else known)
+        signer.flush()
+        status, output, error = module.run_command(
+            [
+                "openssl",
+                "verify",
+                "-partial_chain",
+                "-CAfile",
+                signer.name,
+                "-no-CApath",
+                "-no-CAstore",
+                str(certificate),
+            ]
+        )
     said = (error or output).strip().splitlines()
     return f"{authority} has not signed it ({said[-1] if said else status})" if status else ""
+
+
+def days_left(module: AnsibleModule, certificate: Path | None) -> float | None:
+    """For how many days a certificate is valid yet, nothing where that cannot be said."""
+    if not certificate or not certificate.exists() or not shutil.which("openssl"):
+        return None
+    status, output, _error = module.run_command(["openssl", "x509", "-in", str(certificate), "-noout", "-enddate"])
+    return None if status else (ssl.cert_time_to_seconds(described(output)["until"]) - time.time()) / DAY
 
 
 def look(module: AnsibleModule) -> str:
@@ -213,7 +253,9 @@ def look(module: AnsibleModule) -> str:
     authority = authority_of(module)
     anybody = authority or not (given["authority_files"] or given["authority_name"])
     name = None if anybody else given["authority_name"]
-    return problem(found, given["names"], name, given["days"], time.time(), given["common_name"], given["life"]) or (
+    # one that was signed until the very end of its authority cannot become better
+    days = min(given["days"], left - 1) if (left := days_left(module, authority)) is not None else given["days"]
+    return problem(found, given["names"], name, days, time.time(), given["common_name"], given["life"]) or (
         unsigned(module, authority, certificate) if authority else ""
     )
 
@@ -227,6 +269,7 @@ ARGUMENTS: dict[str, Any] = {
     "common_name": {"type": "str", "default": ""},
     "authority_name": {"type": "str", "default": ""},
     "authority_files": {"type": "list", "elements": "path", "default": []},
+    "former": {"type": "str", "default": ""},
     "days": {"type": "float", "default": 0.0},
     "life": {"type": "float", "default": 0.0},
     "pair": {"type": "str", "default": ""},
@@ -239,6 +282,7 @@ def main() -> None:
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
     reason = look(module)
     authority, wanted = Path(module.params["directory"]) / "ca.pem", authority_of(module)
+    left = days_left(module, wanted or authority)
     module.exit_json(
         changed=False,
         good=not reason,
@@ -246,6 +290,7 @@ def main() -> None:
         authority=authority.read_text() if authority.exists() else "",
         authority_file=str(wanted or ""),
         authority_wanted=wanted.read_text() if wanted else "",
+        authority_ends_soon=left is not None and left < AUTHORITY_DAYS,
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.gpufleet.llm.plugins.modules.certificate_pair import ARGUMENTS, look
+from ansible_collections.gpufleet.llm.plugins.modules.certificate_pair import ARGUMENTS, AUTHORITY_DAYS, days_left, look
 
 from tests.certificates import Authority
 
@@ -122,3 +122,52 @@ def test_a_certificate_of_the_authority_that_is_there(tmp_path: Path, reason: Ca
     assert reason(**wanted) == "the certificate was signed by Test CA"
     (tmp_path / "authority.pem").write_text(mine.pem)
     assert reason(**wanted) == "there is no ca.pem"
+
+
+def test_a_certificate_of_the_first_of_two_authorities(tmp_path: Path, reason: Callable[..., str]) -> None:
+    """While a fleet goes over to another authority, hosts trust both, and what the former one signed is signed anew."""
+    mine, former = Authority(name="Mine"), Authority(name="Former")
+    signed(tmp_path, former)
+    wanted = {
+        "certificate_file": "cert.pem", "key_file": "key.pem", "names": ["192.0.2.10"], "authority_name": "",
+        "authority_files": [str(tmp_path / "authority.pem"), str(tmp_path / "ca.pem")], "former": former.pem,
+    }  # fmt: skip
+    (tmp_path / "ca.pem").write_text(f"{former.pem}\n{mine.pem}")
+    assert reason(**wanted) == ""
+    (tmp_path / "ca.pem").write_text(f"{mine.pem}\n{former.pem}")
+    assert "has not signed it" in reason(**wanted)
+    # where the authority itself is
+    (tmp_path / "authority.pem").write_text(mine.pem)
+    signed(tmp_path, mine)
+    assert reason(**wanted) == f"ca.pem is not {tmp_path}/authority.pem and the former authority"
+    (tmp_path / "ca.pem").write_text(f"{mine.pem}\n\n{former.pem}\n")
+    assert reason(**wanted) == ""
+    assert reason(**{**wanted, "former": ""}) == f"ca.pem is not {tmp_path}/authority.pem"
+
+
+def test_no_certificate_has_to_outlive_its_authority(tmp_path: Path, reason: Callable[..., str]) -> None:
+    authority = Authority(days=20)
+    wanted = {
+        "certificate_file": "cert.pem", "key_file": "key.pem", "names": ["192.0.2.10"], "authority_name": "",
+        "authority_files": [str(tmp_path / "ca.pem")], "days": 100,
+    }  # fmt: skip
+    signed(tmp_path, authority)  # for 30 days
+    assert reason(**wanted) == ""
+    certificate, key = authority.sign("gpu-1", "192.0.2.10", days=15)
+    (tmp_path / "cert.pem").write_text(certificate)
+    (tmp_path / "key.pem").write_text(key)
+    assert reason(**wanted) == "the certificate is valid for 15 days"
+    assert reason(**{**wanted, "days": 10}) == ""
+
+
+def test_how_long_an_authority_lasts(tmp_path: Path) -> None:
+    module: Any = FakeModule()
+    file = tmp_path / "ca.pem"
+    assert days_left(module, None) is None
+    assert days_left(module, file) is None
+    file.write_text("torn")
+    assert days_left(module, file) is None
+    file.write_text(Authority(days=300).pem)
+    assert 299 < (days_left(module, file) or 0) <= 300
+    # none that it signs is longer: the bound of fleet_authority_valid_days and tls_certificate_valid_days
+    assert AUTHORITY_DAYS > 825

@@ -15,6 +15,10 @@ from tests.network import address_of
 from tests.roles import applied, changed, host_name, refused
 
 ROLE = "fleet_authority"
+# As docs/security.md has it.
+RENEW = (
+    "openssl x509 -in {directory}/ca.pem -signkey {directory}/ca.key -set_serial 0x$(openssl rand -hex 16) -days 3650"
+)
 FLEET, AUTHORITY = "/etc/ssl/vllm-fleet/fleet", "/etc/ssl/vllm-fleet/authority"
 
 
@@ -151,12 +155,120 @@ def test_there_is_never_a_second_authority(signer: Host, other: Host) -> None:
     assert not other.file(f"{AUTHORITY}/ca.key").exists
 
 
+def give(host: Host, authority: Authority) -> None:
+    """Let a host have an authority, as if it had been made there."""
+    host.check_output(
+        f"cat >{AUTHORITY}/ca.pem <<'END'\n{authority.pem}END\ncat >{AUTHORITY}/ca.key <<'END'\n{authority.key_pem}END"
+    )
+
+
+def verified(host: Host, ca: str, file: str = f"{FLEET}/cert.pem") -> bool:
+    """Whether who trusts `ca` and nothing else accepts a certificate of a host."""
+    status: int = host.run(f"openssl verify -x509_strict -CAfile /dev/stdin {file} <<'END'\n{ca}END").rc
+    return status == 0
+
+
+@pytest.mark.usefixtures("as_it_was")
+def test_an_authority_that_ends_soon_is_renewed_for_the_same_key_and_name(signer: Host, other: Host) -> None:
+    """What it signed stays good, and who has its former certificate goes on."""
+    both, place = [signer, other], "/etc/ssl/vllm-fleet"
+    old = Authority(name="Old", days=1000)
+    give(signer, old)
+    own = {"role_under_test": "tls_certificate", "tls_certificate_names": ["llm.test"]}
+    told = applied(both, ROLE, "--check", "--diff")
+    assert "its authority ends soon" in " ".join(told.split())
+    assert certificate(signer, f"{AUTHORITY}/ca.pem") == old.certificate
+    signed, _key = old.sign("gpu-9")
+    applied(both, ROLE)
+    applied(both, ROLE, **own)
+    new = certificate(signer, f"{AUTHORITY}/ca.pem")
+    assert (new.subject, new.public_key()) == (old.certificate.subject, old.certificate.public_key())
+    assert new.serial_number != old.certificate.serial_number
+    identifier = x509.SubjectKeyIdentifier
+    assert (
+        new.extensions.get_extension_for_class(identifier).value
+        == old.certificate.extensions.get_extension_for_class(identifier).value
+    )
+    assert (new.not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)).days >= 3649
+    text = signer.file(f"{AUTHORITY}/ca.pem").content_string
+    for host in both:
+        assert host.file(f"{FLEET}/ca.pem").content_string == host.file(f"{place}/ca.pem").content_string == text
+        host.check_output(f"cat >/srv/before.pem <<'END'\n{signed}END")
+        for ca in (old.pem, text):
+            for file in (f"{FLEET}/cert.pem", f"{place}/fullchain.pem", "/srv/before.pem"):
+                assert verified(host, ca, file), (host_name(host), file)
+    assert not changed(applied(both, ROLE))
+    assert not changed(applied(both, ROLE, **own))
+    assert signer.file(f"{AUTHORITY}/ca.pem").content_string == text
+
+
+@pytest.mark.usefixtures("as_it_was")
+def test_a_host_alone_has_the_authority_renewed_that_signs_for_it(signer: Host, other: Host) -> None:
+    old = Authority(name="Old", days=100)
+    give(signer, old)
+    other.check_output(f"rm {FLEET}/cert.pem")
+    applied(other, ROLE)
+    assert (certificate(other).not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)).days >= 364
+    assert verified(other, old.pem)
+    assert changed(applied([signer, other], ROLE))
+    assert not changed(applied([signer, other], ROLE))
+
+
+@pytest.mark.usefixtures("as_it_was")
+def test_a_fleet_goes_over_to_another_authority(signer: Host, other: Host) -> None:
+    """As docs/security.md says it. Between two steps everybody trusts everybody, and a client that has been given both does."""
+    both, place = [signer, other], "/etc/ssl/vllm-fleet"
+    own = {"role_under_test": "tls_certificate", "tls_certificate_names": ["llm.test"]}
+    applied(both, ROLE, **own)
+    former = signer.file(f"{AUTHORITY}/ca.pem").content_string
+    # the same with the authority where it was: a mistake, told as that
+    assert "fleet_authority_former is the authority that" in refused(both, ROLE, fleet_authority_former=former)
+    # 1: site.yml --tags fleet_authority
+    signer.check_output(f"mv {AUTHORITY} /srv/authority-former-$(date +%N)")
+    step = {"fleet_authority_former": former, "fleet_authority_name": "Second"}
+    applied(both, ROLE, **step)
+    second = signer.file(f"{AUTHORITY}/ca.pem").content_string
+    assert second != former
+    for host in both:
+        assert host.file(f"{FLEET}/ca.pem").content_string == f"{second}{former}"
+        assert (verified(host, second), verified(host, former)) == (True, False)
+        assert verified(host, former, f"{place}/fullchain.pem"), "clients have not been given the new one yet"
+    assert not changed(applied(both, ROLE, **step))
+    # a run that died between the two files of a host is finished by the next one
+    other.check_output(f"cp -p /srv/before/fleet/cert.pem /srv/before/fleet/key.pem {FLEET}/")
+    assert changed(applied(both, ROLE, **step))
+    assert verified(other, second)
+    # 2: site.yml
+    applied(both, ROLE, **own)
+    for host in both:
+        assert (verified(host, second, f"{place}/fullchain.pem"), verified(host, former, f"{place}/fullchain.pem")) == (
+            True,
+            False,
+        )
+        assert host.file(f"{place}/ca.pem").content_string == f"{second}{former}"
+    # 3: without fleet_authority_former
+    for more in ({}, own):
+        assert changed(applied(both, ROLE, **more))
+        assert not changed(applied(both, ROLE, **more))
+    for host in both:
+        for file in (f"{FLEET}/ca.pem", f"{place}/ca.pem"):
+            assert host.file(file).content_string == second
+        assert verified(host, second)
+
+
+@pytest.mark.usefixtures("as_it_was")
+def test_an_authority_without_its_key_is_told(signer: Host, other: Host) -> None:
+    signer.check_output(f"rm {AUTHORITY}/ca.key")
+    other.check_output(f"rm {FLEET}/cert.pem")
+    before = signer.file(f"{AUTHORITY}/ca.pem").content
+    said = refused(other, ROLE)
+    assert "has ca.pem and no ca.key" in said
+    assert signer.file(f"{AUTHORITY}/ca.pem").content == before
+
+
 @pytest.mark.usefixtures("as_it_was")
 def test_a_new_authority_reaches_every_host(signer: Host, other: Host) -> None:
-    mine = Authority(name="Mine")
-    signer.check_output(
-        f"cat >{AUTHORITY}/ca.pem <<'END'\n{mine.pem}END\ncat >{AUTHORITY}/ca.key <<'END'\n{mine.key_pem}END"
-    )
+    give(signer, Authority(name="Mine"))
     applied([signer, other], ROLE)
     for host in (signer, other):
         assert certificate(host).issuer.rfc4514_string() == "CN=Mine"
@@ -177,6 +289,31 @@ def test_with_an_authority_of_the_vault_no_host_has_the_key(signer: Host, other:
     assert not changed(applied([signer, other], ROLE, **given))
 
 
+@pytest.mark.usefixtures("as_it_was")
+def test_an_authority_of_the_vault_that_ends_soon_signs_until_then_and_is_told(signer: Host, other: Host) -> None:
+    both, warning = [signer, other], "and what it signs ends with it"
+    mine = Authority(name="From the vault", days=60)
+    given = {"fleet_authority_certificate": mine.pem, "fleet_authority_key": mine.key_pem}
+    assert warning in " ".join(applied(both, ROLE, **given).split())
+    for host in both:
+        assert certificate(host).not_valid_after_utc == mine.certificate.not_valid_after_utc
+    said = applied(both, ROLE, **given)
+    assert not changed(said)
+    assert warning in " ".join(said.split())
+    # the command of docs/security.md: a new certificate for the same key
+    for name, text in (("ca.pem", mine.pem), ("ca.key", mine.key_pem)):
+        signer.check_output(f"cat >/srv/{name} <<'END'\n{text}END")
+    renewed = signer.check_output(RENEW.format(directory="/srv")) + "\n"
+    given["fleet_authority_certificate"] = renewed
+    said = applied(both, ROLE, **given)
+    assert warning not in " ".join(said.split())
+    for host in both:
+        assert host.file(f"{FLEET}/ca.pem").content_string == renewed
+        assert (verified(host, mine.pem), verified(host, renewed)) == (True, True)
+        assert (certificate(host).not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)).days >= 364
+    assert not changed(applied(both, ROLE, **given))
+
+
 @pytest.mark.one_host
 def test_bad_input_is_refused_before_anything_changes(host: Host) -> None:
     mine = Authority()
@@ -185,6 +322,9 @@ def test_bad_input_is_refused_before_anything_changes(host: Host) -> None:
         ({"fleet_authority_certificate": mine.pem}, "both have to be given"),
         ({"fleet_authority_certificate": mine.pem, "fleet_authority_key": Authority().key_pem}, "fleet_authority_key does not belong"),
         (dict(zip(("fleet_authority_certificate", "fleet_authority_key"), certificate_of_a_host, strict=True)), "not that of an authority"),
+        ({"fleet_authority_certificate": mine.pem, "fleet_authority_key": mine.key_pem, "fleet_authority_former": mine.pem},
+         "fleet_authority_former is fleet_authority_certificate itself"),
+        ({"fleet_authority_former": mine.key_pem}, "fleet_authority_former must be the certificate of an authority"),
         ({"fleet_authority_valid_days": 10}, "fleet_authority_valid_days is 10"),
         ({"fleet_authority_host": "nobody"}, "fleet_authority_host is nobody"),
         ({"fleet_address": "somewhere"}, "fleet_address is 'somewhere'"),

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from testinfra.host import Host
 
 from tests.certificates import make_pair
-from tests.roles import applied, refused
+from tests.roles import applied, changed, refused
 
 DIRECTORY = "/etc/ssl/vllm-fleet"
 Pair = tuple[str, str]
@@ -88,6 +88,25 @@ def test_new_names_are_a_new_certificate_of_the_same_authority(host: Host) -> No
     present = certificate(host)
     applied(host, "tls_certificate", tls_certificate_names=["new.test"], tls_certificate_valid_days=365)
     assert certificate(host).not_valid_after_utc > present.not_valid_after_utc + datetime.timedelta(days=270)
+
+
+@pytest.mark.one_host
+@pytest.mark.usefixtures("as_it_was")
+def test_an_authority_of_the_host_alone_is_renewed_for_the_same_key(host: Host) -> None:
+    before, served = certificate(host, "ca.pem"), certificate(host)
+    host.check_output(
+        f"cp {DIRECTORY}/ca.pem /srv/former.pem && openssl x509 -in {DIRECTORY}/ca.pem -signkey {DIRECTORY}/ca.key -days 1000 "
+        f"-out /srv/short.pem && cp /srv/short.pem {DIRECTORY}/ca.pem"
+    )
+    assert changed(applied(host, "tls_certificate", "--check"))
+    applied(host, "tls_certificate")
+    after = certificate(host, "ca.pem")
+    assert (after.subject, after.public_key()) == (before.subject, before.public_key())
+    assert (after.not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)).days >= 3649
+    assert certificate(host) != served
+    for authority in (f"{DIRECTORY}/ca.pem", "/srv/short.pem", "/srv/former.pem"):
+        host.check_output(f"openssl verify -x509_strict -CAfile {authority} {DIRECTORY}/fullchain.pem")
+    assert not changed(applied(host, "tls_certificate"))
 
 
 def given(pair: Pair, **more: object) -> dict[str, object]:
