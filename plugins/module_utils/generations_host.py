@@ -36,6 +36,7 @@ UNITS = Path("/etc/systemd/system")
 CERTIFICATE_READERS = "vllm-fleet"
 # Where the operator's word on each instance is kept.
 WORDS = Path("/var/lib/vllm-fleet")
+CACHES = Path("/var/cache/vllm")
 
 
 class Deployed:
@@ -243,12 +244,13 @@ class Deployed:
                 self.remove(number)
 
     def erase(self) -> None:
-        """Remove all that there is of an instance which is stopped: its generations, its directory, a unit of its own, and what operators said of it."""
+        """Remove all that there is of an instance which is stopped: its generations, what it has compiled, a unit of its own, the operators' word."""
         for number in self.numbers():
             self.remove(number)
         shutil.rmtree(self.path, ignore_errors=True)
         (UNITS / self.unit).unlink(missing_ok=True)
         (WORDS / f"{self.name}.json").unlink(missing_ok=True)
+        shutil.rmtree(CACHES / self.name, ignore_errors=True)
         self.module.run_command(["systemctl", "daemon-reload"])
 
     def images(self) -> set[str]:

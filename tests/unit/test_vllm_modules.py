@@ -212,6 +212,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(generations_host, "RUNTIME", tmp_path / "run")
     monkeypatch.setattr(generations_host, "UNITS", tmp_path / "units")
     monkeypatch.setattr(generations_host, "WORDS", tmp_path / "words")
+    monkeypatch.setattr(generations_host, "CACHES", tmp_path / "caches")
     (tmp_path / "run/chat").mkdir(parents=True)
     (tmp_path / "etc").mkdir()
     return tmp_path / "run/chat/generation"
