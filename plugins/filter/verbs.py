@@ -32,9 +32,11 @@ def verb_backends(hostvars: fleet.HostVars, hosts: Sequence[str], wanted: str = 
     ]
 
 
-def verb_minimum_problems(gateways: Iterable[Mapping[str, Any]], leaving: Iterable[str]) -> list[str]:
+def verb_minimum_problems(
+    gateways: Iterable[Mapping[str, Any]], leaving: Iterable[str], at_least: int = 0
+) -> list[str]:
     """The routes that would fall below min_available."""
-    return verbs.minimum_problems(verbs.readable(gateways), leaving)
+    return verbs.minimum_problems(verbs.readable(gateways), leaving, int(at_least))
 
 
 def verb_report(

@@ -74,8 +74,8 @@ def asked_problems(
     return [f"fleet_instance is {name!r}, which is no instance of {', '.join(here)}: there is {', '.join(known)}{hint}"]
 
 
-def minimum_problems(gateways: Mapping[str, Mapping[str, Any]], leaving: Iterable[str]) -> list[str]:
-    """The routes that would fall below min_available when these backends leave, as each gateway sees it now.
+def minimum_problems(gateways: Mapping[str, Mapping[str, Any]], leaving: Iterable[str], at_least: int = 0) -> list[str]:
+    """The routes that would fall below min_available when these backends leave, or below `at_least`, as each gateway sees it now.
 
     A gateway is told by its `fleet` (fleet.json) and its `state` (state.json).
     """
@@ -86,7 +86,7 @@ def minimum_problems(gateways: Mapping[str, Mapping[str, Any]], leaving: Iterabl
         for route in told["fleet"].get("routes") or []:
             used = [name for name in route["backends"] if uses.get(name, {}).get("use")]
             going = [name for name in used if name in leaves]
-            left, least = len(used) - len(going), int(route["min_available"])
+            left, least = len(used) - len(going), max(int(route["min_available"]), at_least)
             if going and left < least:
                 found.setdefault(shortfall(route, going, used, uses, least), []).append(gateway)
     return [
@@ -107,6 +107,8 @@ def shortfall(
     ]
     also = f"; out of use already: {', '.join(out)}" if out else ""
     left = len(used) - len(going)
+    if left >= int(route["min_available"]):
+        return f"route {route['model']} would be left without a backend in use, without {', '.join(going)}{also}"
     return (
         f"route {route['model']} needs {least} of its {len(route['backends'])} backends (min_available) and would have {left} in use "
         f"without {', '.join(going)}{also}"

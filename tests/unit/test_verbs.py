@@ -93,6 +93,8 @@ def test_a_route_that_would_fall_below_its_minimum_is_named() -> None:
     # what is out already takes nothing away
     assert filters.verb_minimum_problems(told("12"), ["chat@gpu-3"]) == []
     assert filters.verb_minimum_problems(told("123", least=0), ["chat@gpu-1", "chat@gpu-2", "chat@gpu-3"]) == []
+    [problem] = filters.verb_minimum_problems(told("123", least=0), ["chat@gpu-1", "chat@gpu-2", "chat@gpu-3"], 1)
+    assert "would be left without a backend in use, without chat@gpu-1" in problem
 
 
 def test_a_gateway_that_cannot_be_asked_has_no_say() -> None:
