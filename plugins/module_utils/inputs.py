@@ -49,19 +49,33 @@ def _no_truth(value: Any) -> Any:
 
 # What roles set for others; the arguments of each role say what it means.
 OUTPUTS = {
+    "base_uninstalled",
+    "cuda_toolkit_uninstalled",
+    "docker_uninstalled",
+    "firewall_uninstalled",
     "fleet_authority_present",
     "fleet_authority_signed",
+    "fleet_authority_uninstalled",
+    "gateway_uninstalled",
+    "host_agent_uninstalled",
     "host_support_facts",
     "host_support_installed",
     "host_support_offer",
     "host_support_vendors_changed",
+    "model_store_uninstalled",
+    "nvidia_container_toolkit_uninstalled",
     "nvidia_driver_changed",
     "nvidia_driver_look",
+    "nvidia_driver_uninstalled",
+    "ssh_hardening_uninstalled",
     "tls_certificate_present",
+    "tls_certificate_uninstalled",
     "turn_plan",
     "turn_refused",
     "turn_report",
     "turn_seconds",
+    "uv_uninstalled",
+    "virtual_address_uninstalled",
     "vllm_activation",
     "vllm_changed",
     "vllm_due",
@@ -69,6 +83,8 @@ OUTPUTS = {
     "vllm_left_turns",
     "vllm_start_due",
     "vllm_status",
+    "vllm_uninstalled",
+    "vllm_uninstalled_instances",
 }
 
 
