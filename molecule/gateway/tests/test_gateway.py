@@ -14,6 +14,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import pytest
 from ansible_collections.gpufleet.llm.plugins.module_utils import model_kinds
 from testinfra.host import Host
 
-from tests.roles import applied, refused
+from tests.roles import applied, refused, until
 
 TEAM_A = "aaaaaaaaaaaaaaaa-0123456789abcdef"
 SLOW = "bbbbbbbbbbbbbbbb-0123456789abcdef"
@@ -328,9 +329,9 @@ def test_without_backends_the_client_is_told(gateway: Gateway, host: Host) -> No
 # --- streaming
 
 
-def stream(gateway: Gateway) -> Iterator[tuple[float, bytes]]:
+def stream(gateway: Gateway, tokens: int = 8) -> Iterator[tuple[float, bytes]]:
     """Ask for a stream; yield what arrives with the time of its arrival."""
-    body = json.dumps({**commanded("right", 0.3), "max_tokens": 8, "stream": True}).encode()
+    body = json.dumps({**commanded("right", 0.3), "max_tokens": tokens, "stream": True}).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: llm.test\r\nConnection: close\r\n"
     head += f"Authorization: Bearer {TEAM_A}\r\nContent-Length: {len(body)}\r\n\r\n"
     with gateway.connect() as connection:
@@ -525,3 +526,63 @@ def test_a_stop_waits_for_a_stream(gateway: Gateway, host: Host) -> None:
     finally:
         host.check_output("systemctl stop nginx && systemctl start nginx")
     assert gateway.ask(CHAT).status == 200
+
+
+def main_process(host: Host) -> str:
+    """The process of Nginx that systemd knows."""
+    found: str = host.check_output("systemctl show --property=MainPID --value nginx")
+    return found
+
+
+def without_a_cut(gateway: Gateway, host: Host, command: str) -> str:
+    """Run a command on the gateway while a stream runs, and requests come by connections of their own; returns what it printed."""
+    over = threading.Event()
+
+    def ask() -> int:
+        asked = 0
+        while not over.is_set():
+            assert gateway.ask("/healthz", None).status == 200
+            asked += 1
+            time.sleep(0.02)
+        return asked
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        received = threads.submit(lambda: b"".join(part for _, part in stream(gateway, tokens=80)))  # 24 s
+        asked = threads.submit(ask)
+        try:
+            time.sleep(1)
+            began = time.monotonic()
+            told: str = host.check_output(command)
+            print(f"{command.split()[-1]}: {time.monotonic() - began:.1f} s")
+            assert not received.done(), "the stream was over before the command: it shows nothing"
+        finally:
+            over.set()
+        assert b"[DONE]" in received.result()
+        assert asked.result() > 10
+    return told
+
+
+def test_an_upgrade_of_the_package_cuts_nothing(gateway: Gateway, host: Host) -> None:
+    """A new Nginx takes over the sockets, and the one of before ends its requests."""
+    before = main_process(host)
+    host.check_output("apt-get update")
+    install = "DEBIAN_FRONTEND=noninteractive apt-get install --yes --reinstall"
+    without_a_cut(gateway, host, f"{install} libnginx-mod-http-lua nginx")
+    until(lambda: main_process(host) not in ("0", before), 30, "it is the Nginx of before")
+    assert host.service("nginx").is_running
+
+
+def test_new_libraries_cut_nothing(gateway: Gateway, host: Host) -> None:
+    """needrestart, which comes with every upgrade of Ubuntu, would restart Nginx: for as long as the longest answer, nobody could connect."""
+    install = "DEBIAN_FRONTEND=noninteractive apt-get install --yes"
+    host.check_output(f"{install} --no-install-recommends needrestart")
+    # what stands behind this gateway is on the same host; of vLLM's own units the role base says it
+    host.check_output("echo '$nrconf{override_rc}{qr(^stand-in)} = 0;' >/etc/needrestart/conf.d/test.conf")
+    library = host.check_output(
+        "dpkg-query --show --showformat '${db:Status-Abbrev} ${Package}\\n' 'libssl3*' | sed --quiet 's/^ii *//p'"
+    )
+    host.check_output(f"NEEDRESTART_SUSPEND=1 {install} --reinstall {library}")
+    before = main_process(host)
+    told = without_a_cut(gateway, host, "needrestart -r a 2>&1")
+    assert "nginx.service" in told
+    until(lambda: main_process(host) not in ("0", before), 30, f"it is the Nginx of before: {told}")
