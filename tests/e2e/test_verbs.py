@@ -1,4 +1,4 @@
-"""An operator's verbs on a fleet of one gateway and two inference hosts, while clients ask it: drain, undrain, stop, start, restart, reboot, logs.
+"""An operator's verbs on a fleet of two gateways and two inference hosts, while clients ask it: drain, undrain, stop, start, restart, reboot, logs.
 
 vLLM is the stand-in; the tests run in this order.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import ssl
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 
 from tests.e2e.conftest import FIGURES, ROOT, Done, on, until
 from tests.hosts import hosts
+from tests.load import Gateway, Load
 from tests.stand_in import fleet as stand_ins
 from tests.stand_in.fleet import Fleet
 
@@ -27,8 +30,10 @@ UNIT = "vllm@chat.service"
 def fleet() -> Iterator[Fleet]:
     """The fleet, deployed."""
     found = stand_ins.up(
-        NAME, ROOT / ".cache" / NAME, ["gw1"], ["gpu1", "gpu2"],
+        NAME, ROOT / ".cache" / NAME, ["gw1", "gw2"], ["gpu1", "gpu2"],
         turn_soak_seconds=3,
+        # One of their network that no container gets. Every host can say it: it is a template.
+        virtual_address_ip="{{ ansible_host | regex_replace('[0-9]+$', '200') }}",
         vllm_instances=[{"name": "chat", "model": "tiny", "port": 8000, "options": {"max-model-len": 2048}}],
     )  # fmt: skip
     try:
@@ -77,7 +82,40 @@ def running(host: str) -> int:
 
 
 def all_used(fleet: Fleet) -> bool:
-    return fleet.used(fleet.gateways[0]) == set(map(backend, fleet.workers))
+    return all(fleet.used(gateway) == set(map(backend, fleet.workers)) for gateway in fleet.gateways)
+
+
+def address(fleet: Fleet) -> str:
+    """The address that the gateways share."""
+    return fleet.addresses[fleet.gateways[0]].rpartition(".")[0] + ".200"
+
+
+def has_address(fleet: Fleet, gateway: str) -> bool:
+    return bool(on(gateway, f"ip -brief address show to {address(fleet)}", check=False).strip())
+
+
+def taken(gateway: str) -> list[float]:
+    """When a gateway took the address, in seconds of the epoch."""
+    lines = on(gateway, "journalctl --output short-unix --unit keepalived | grep 'Entering MASTER STATE' || true")
+    return [float(line.split()[0]) for line in lines.splitlines()]
+
+
+def over_the_address(fleet: Fleet, **more: Any) -> Load:
+    """Clients of the address."""
+    authority = on(fleet.gateways[0], "cat /etc/ssl/vllm-fleet/ca.pem")
+    tls = ssl.create_default_context(cadata=authority)
+    return Load(
+        [Gateway("address", address(fleet), tls=tls, server="llm.test")],
+        ["tiny"],
+        stand_ins.KEY,
+        says=stand_ins.says,
+        **more,
+    )
+
+
+def boot(host: str) -> str:
+    """Which boot it is."""
+    return on(host, "stat --format %Z /proc/1; cut -d' ' -f22 /proc/1/stat")
 
 
 def long_answers(fleet: Fleet, tokens: int) -> tuple[list[threading.Thread], list[tuple[int, Any]]]:
@@ -215,6 +253,83 @@ def test_a_reboot_loses_no_request(fleet: Fleet) -> None:
     assert on(one, "stat --format %Z /proc/1; cat /proc/1/stat | cut -d' ' -f22") != before
     FIGURES["reboot.yml, the load"] = load.summary().told()
     assert all_used(fleet)
+
+
+def test_gateways_are_rebooted_one_after_the_other_and_the_address_moves_first(fleet: Fleet) -> None:
+    """Clients of the address: what runs when it moves is cut, which nothing can help, and no request that begins fails."""
+    one, two = fleet.gateways
+    for gateway in fleet.gateways:
+        hosts.docker("update", "--restart", "always", gateway)
+    until("the first gateway has the address", lambda: has_address(fleet, one) and not has_address(fleet, two), 30)
+    done = verb(fleet, "reboot", "--limit", "gateway", "--check")
+    assert done.status == 0, done.output
+    for gateway in fleet.gateways:
+        assert f"{gateway}: would be rebooted" in said(done)
+    assert has_address(fleet, one)
+    boots, began = {gateway: boot(gateway) for gateway in fleet.gateways}, time.time()
+    # Streams are cut where they run, others are asked again, as every client does. One by the gateway's own address is not cut at all.
+    load = over_the_address(fleet, streams=6, whole=6, tokens=(1, 400), silence=30)
+    own = fleet.load(streams=2, whole=0, tokens=(200, 400))
+    own.leave_out(two)
+    load.start()
+    own.thread.start()
+    try:
+        time.sleep(2)
+        process = fleet.begin("playbooks/reboot.yml", "--limit", "gateway")
+        until("the address moves", lambda: has_address(fleet, two), 120, 0.2)
+        own.leave_out(one, two)
+        output, _ = process.communicate(timeout=300)
+        until("it is back where it belongs", lambda: has_address(fleet, one) and not has_address(fleet, two), 30)
+        time.sleep(1)
+    finally:
+        load.stop()
+        own.stop()
+    assert process.returncode == 0, output
+    assert all(boot(gateway) != before for gateway, before in boots.items())
+    moves = sorted(moment for gateway in fleet.gateways for moment in taken(gateway) if moment > began)
+    assert len(moves) == 2, moves
+    assert own.outcomes
+    own.check()
+    cut = load.failures()
+    strange = [
+        each.told()
+        for each in cut
+        if not any(each.begun < moment + 0.2 and abs(each.ended - moment) < 3 for moment in moves)
+    ]
+    assert not strange, "\n".join([*strange, f"moves: {moves}"])
+    assert len(cut) <= 12 * len(moves)
+    FIGURES["reboot.yml of two gateways, the load over their address"] = (
+        f"{load.summary().told()}; {len(moves)} moves cut {len(cut)}"
+    )
+    assert all_used(fleet)
+
+
+def test_a_gateway_that_does_not_come_back_ends_the_reboots(fleet: Fleet) -> None:
+    one, two = fleet.gateways
+    hosts.docker("update", "--restart", "no", one)
+    before = boot(two)
+    try:
+        with over_the_address(fleet, streams=0, whole=2, tokens=(1, 1), think=0.5) as load:
+            load.leave_out("address")
+            load.settle()
+            done = verb(fleet, "reboot", "--limit", "gateway", "-e", "reboot_seconds=15")
+            load.leave_out()
+            assert done.status != 0
+            assert has_address(fleet, two)
+            time.sleep(1)
+    finally:
+        hosts.docker("update", "--restart", "always", one)
+        hosts.docker("start", one)
+    assert boot(two) == before
+    assert "this one takes it back when it is well and this is run for it once more" in said(done), done.output
+    until(
+        "it answers",
+        lambda: on(one, "systemctl is-active ssh nginx || true", check=False).split() == ["active"] * 2,
+        60,
+    )
+    done = verb(fleet, "reboot", "--limit", one)
+    assert done.status == 0, done.output
+    until("the address is back where it belongs", lambda: has_address(fleet, one), 30)
 
 
 def test_a_question_to_each_route(fleet: Fleet) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import socket
 import ssl
 import threading
 import time
@@ -133,6 +134,36 @@ def test_a_planned_stop_refuses_nobody(one: Host, two: Host, address: str) -> No
         until(lambda: has(one, address) and not has(two, address), 20, "the first gateway did not take it back")
         time.sleep(1)
     assert set(client.answers) == {host_name(one), host_name(two)}
+    assert len(client.failures) <= 2
+    assert [text for _, text in client.failures if "refused" in text or "unreachable" in text] == []
+
+
+def test_who_is_connected_hears_at_once_that_the_address_has_moved(one: Host, two: Host, address: str) -> None:
+    """The gateway that had it cannot answer any more, and a client that waits for the rest of a stream says nothing by itself."""
+    tls = ssl.create_default_context()
+    tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    with tls.wrap_socket(socket.create_connection((address, 443), 5)) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\n")  # half of a question, which Nginx waits for a minute for
+        applied(one, ROLE, entry_point="leave")
+        connection.settimeout(3)
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
+    assert not has(one, address), "also not on loopback, where it was for a moment"
+    applied(one, ROLE, entry_point="come_back")
+
+
+def test_a_new_unit_of_keepalived_refuses_nobody(one: Host, two: Host, address: str) -> None:
+    """The role restarts it on both gateways in one run: the one that has the address gives it up before."""
+    processes = [host.check_output("systemctl show --property=MainPID --value keepalived") for host in (one, two)]
+    for host in (one, two):
+        host.check_output("echo '# of before' >>/etc/systemd/system/keepalived.service.d/50-vllm-fleet.conf")
+    with Client(address) as client:
+        applied([one, two], ROLE)
+        until(lambda: has(one, address) and not has(two, address), 20, "the first gateway did not take it back")
+        time.sleep(1)
+    for host, before in zip((one, two), processes, strict=True):
+        assert host.check_output("systemctl show --property=MainPID --value keepalived") != before
+    assert client.answers[host_name(two)] > 0
     assert len(client.failures) <= 2
     assert [text for _, text in client.failures if "refused" in text or "unreachable" in text] == []
 
