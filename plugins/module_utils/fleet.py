@@ -30,8 +30,6 @@ BALANCES = ("least", "prefix", "session")
 # What tells one session from another where a request has it; then `prompt_cache_key` and `user` of its body.
 SESSION_HEADER = "x-session-id"
 MOMENT = re.compile(r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d(?::\d\d)?)(?:\.\d+)?([Zz]|[+-]\d\d:\d\d)?)?")
-# Where the agent of a host listens, unless host_agent_port says otherwise.
-AGENT_PORT = 9440
 
 # With these a request can name an address that the server connects to: media, and the peer that has a prompt's cache.
 FETCHING_OPTIONS = ("allowed-media-domains", "kv-transfer-config", "ec-transfer-config")

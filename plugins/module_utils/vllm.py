@@ -76,13 +76,13 @@ OWNED_OPTIONS = {
     "host": "it comes from vllm_bind_address",
     "port": "it comes from `port` of the instance",
     "api-key": "it comes from vllm_internal_key, which never stands in a file of the configuration",
-    "grpc": "what stands in front of vLLM and asks for vllm_internal_key is for HTTP",
-    "grpc-port": "what stands in front of vLLM and asks for vllm_internal_key is for HTTP",
+    **dict.fromkeys(
+        ("grpc", "grpc-port"), "the gate and the gateway ask vLLM by HTTP, and so does what asks for vllm_internal_key"
+    ),
     "shutdown-timeout": "it comes from vllm_shutdown_timeout, which the unit's stop time belongs to",
     "uds": "the gateway reaches vLLM by address and port",
     "headless": "an instance without an endpoint can be neither gated nor reached",
     "data-parallel-multi-port-external-lb": "the gateway reaches an instance at one port",
-    **dict.fromkeys(("grpc", "grpc-port"), "the gate and the gateway ask vLLM by HTTP"),
     **dict.fromkeys(
         (*TLS_OPTIONS, "ssl-ciphers"),
         "it comes from fleet_backend_tls, by which all instances of the fleet speak TLS with its certificates",
