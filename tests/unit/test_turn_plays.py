@@ -188,3 +188,26 @@ def test_what_the_turn_changed_is_noted_for_those_who_go_back() -> None:
     [turn] = yaml.safe_load((PLAYBOOKS / "tasks/take_turn.yml").read_text())
     [keep] = [task for task in turn["block"] if "take_turn.keep" in str(task)]
     assert keep["vars"]["vllm_confirm_later"] is True
+
+
+def test_a_host_that_is_gone_has_its_report_too(tmp_path: Path) -> None:
+    """The very failed.yml, on a host that nobody can reach: it says what failed before, and that nothing goes back by itself."""
+    gone = {"ansible_host": "127.0.0.1", "ansible_port": 1, "ansible_ssh_common_args": "-o ConnectTimeout=5"}
+    (tmp_path / "hosts.json").write_text(json.dumps({"all": {"hosts": {"gpu-1": gone}}}))
+    failed = {
+        "ansible.builtin.include_role": {
+            "name": "gpufleet.llm.turn",
+            "tasks_from": "failed",
+            "rolespec_validate": False,
+        }
+    }
+    variables = {"turn_act": "reboot", "turn_instances": ["chat"], "turn_failure": "gpu-1 did not come back in 1800 s."}
+    plays = [{"hosts": "all", "gather_facts": False, "vars": variables, "tasks": [failed]}]
+    (tmp_path / "plays.json").write_text(json.dumps(plays))
+    done = playbook("-i", tmp_path / "hosts.json", tmp_path / "plays.json")
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 2, said
+    assert "gpu-1: the reboot failed, the host cannot be reached any more, and the rollout stops here." in said
+    assert "gpu-1 did not come back in 1800 s." in said
+    assert "unreachable=0 failed=1" in said
+    assert "noted as one that failed] *** changed" not in said
