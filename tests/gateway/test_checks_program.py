@@ -154,7 +154,7 @@ def test_a_backend_enters_with_its_first_good_answer(gateway: Checks, backend: A
     assert gateway.used("chat@a"), "asked before the first state was told"
     use = gateway.use("chat@a")
     assert use == {
-        "use": True, "why": "", "check": "ok", "operator": "up", "leaving": False, "kept": False, "since": use["since"], "tls": False,
+        "use": True, "why": "", "check": "ok", "operator": "up", "leaving": False, "kept": False, "since": use["since"], "tls": False, "share": 1.0,
     }  # fmt: skip
     written = json.loads(gateway.path("memory/chat@a.json").read_text())
     assert written["check"] == "ok"
@@ -395,7 +395,7 @@ def test_the_minimum_keeps_who_wants_to_leave_and_says_so(
     gateway.until(lambda: gateway.use("chat@a")["kept"])
     why = "drained by alice: new fan; kept, because the route small needs at least 2 of its backends"
     assert gateway.use("chat@a") | {"since": 0} == {
-        "use": True, "why": why, "check": "ok", "operator": "drained", "leaving": False, "kept": True, "since": 0, "tls": False,
+        "use": True, "why": why, "check": "ok", "operator": "drained", "leaving": False, "kept": True, "since": 0, "tls": False, "share": 1.0,
     }  # fmt: skip
     gateway.until(lambda: agent.told[-1]["kept"] == {"chat": why})
     assert agent.told[-1]["out"] == []
