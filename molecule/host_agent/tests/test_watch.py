@@ -26,7 +26,8 @@ def shown(host: Host, name: str, unit: str) -> str:
 
 
 def metrics(host: Host) -> str:
-    return str(host.file("/run/vllm-fleet/watch/watch.prom").content_string)
+    """What the watch exports; nothing before it has written that."""
+    return str(host.run("cat /run/vllm-fleet/watch/watch.prom").stdout)
 
 
 def answers(host: Host, port: int) -> bool:
