@@ -115,7 +115,8 @@ def test_an_instance_goes_and_the_others_serve_on(fleet: Fleet) -> None:
     assert f"{WORKER}: removed: instance extra" in said(done)
     assert "site.yml brings back instance extra while vllm_instances has it" in said(done)
     there = [name for name in look(WORKER) if re.search(r"vllm[@/-]?extra|vllm/extra|/extra(\.json)?$", name)]
-    assert there == []
+    # packages have directories of that name, too
+    assert [name for name in there if not name.startswith("/var/cache/uv/")] == []
     assert on(WORKER, "systemctl show --property=MainPID --value vllm@chat") == pid
     assert answers(fleet)
 

@@ -354,5 +354,5 @@ def test_logs_on_the_screen_and_in_files(fleet: Fleet, tmp_path: Path) -> None:
     written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.log"))
     assert written == [f"{worker}/vllm@chat.log" for worker in fleet.workers]
     text = (tmp_path / written[0]).read_text()
-    assert "vllm@chat" in text
+    assert f"{fleet.workers[0]} vllm-serve[" in text, "what the instance said"
     assert fleet.variables["vllm_internal_key"] not in text
