@@ -210,7 +210,7 @@ local function pick(request, avoided)
         local taken = state.enter(backend.id)
         if not backend.most_requests or taken <= backend.most_requests then
             request.route, request.backend, request.running = route, backend, true
-            if state.speaks_tls(backend) then
+            if state.speaks_tls(backend.id) then
                 ngx.var.gateway_upstream, ngx.var.gateway_tls_name = "https://tls_backends", backend.host
             else
                 ngx.var.gateway_upstream = "http://backends"

@@ -17,9 +17,9 @@ local file_name
 local last_text
 
 -- What this worker has read of the state, and which one it was: most requests find it unchanged.
-local used, shares, known = {}, nil, nil
+local used, tls, shares, known = {}, {}, nil, nil
 
-local all_key, failed_key, tls_key = keys("in:"), keys("failed:"), keys("tls:")
+local all_key, failed_key = keys("in:"), keys("failed:")
 -- Of what this worker has in flight.
 local own_key
 
@@ -46,7 +46,7 @@ local function adopt(text)
             shared:delete(failed_key[id])
         end
         shared:set("use:" .. id, use)
-        shared:set(tls_key[id], backend.tls)
+        shared:set("tls:" .. id, backend.tls)
         shared:set("leaving:" .. id, backend.leaving == true)
         shared:set("share:" .. id, tonumber(backend.share) or 1)
     end
@@ -110,8 +110,11 @@ function state.look()
     local changes = shared:get("changes")
     if changes ~= known then
         known, shares = changes, nil
-        for id in pairs(fleet.backends) do
+        for id, backend in pairs(fleet.backends) do
             used[id] = shared:get("use:" .. id) == true
+            -- as the checks say, or as the inventory has it where they never said anything
+            local told = shared:get("tls:" .. id)
+            tls[id] = told == true or told == nil and backend.tls == true
             local share = shared:get("share:" .. id) or 1
             if share < 1 then
                 shares = shares or {}
@@ -126,13 +129,9 @@ function state.used(id)
     return state.look()[id]
 end
 
--- Whether a backend speaks TLS: as the checks say, or as the inventory has it where they never said anything.
-function state.speaks_tls(backend)
-    local told = shared:get(tls_key[backend.id])
-    if told == nil then
-        return backend.tls == true
-    end
-    return told
+-- Whether a backend speaks TLS, by the last look: a request asks it of the backend that it has just been given.
+function state.speaks_tls(id)
+    return tls[id]
 end
 
 function state.leaving(id)
