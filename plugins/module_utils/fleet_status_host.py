@@ -38,7 +38,7 @@ from ansible_collections.gpufleet.llm.plugins.module_utils.program import Progra
 
 ROOT = Path("/")
 # What the role fleet_authority gives a host.
-CERTIFICATES = "etc/ssl/vllm-fleet/fleet"
+CERTIFICATES = instance_tls.CERTIFICATES.relative_to("/")
 UNIT_PROPERTIES = (
     "Id", "LoadState", "ActiveState", "SubState", "UnitFileState", "Result", "NRestarts",
     "ExecMainStartTimestampMonotonic", "InactiveExitTimestampMonotonic",
